@@ -1,0 +1,72 @@
+"""dhf: a distributed Hessian-free optimizer and curvature solver for PyTorch."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# name -> module; loaded on first use, so that `--help` need not import torch
+_PUBLIC = {
+    "BinaryCrossEntropy": "dhf.losses",
+    "CommunicationError": "dhf.errors",
+    "CrossEntropy": "dhf.losses",
+    "Fisher": "dhf.operator",
+    "GaussNewton": "dhf.operator",
+    "GlobalOperator": "dhf.operator",
+    "Hessian": "dhf.operator",
+    "HessianFree": "dhf.optim",
+    "LeastSquares": "dhf.objective",
+    "MeanSquaredError": "dhf.losses",
+    "NonFiniteError": "dhf.errors",
+    "Objective": "dhf.objective",
+    "Problem": "dhf.problems",
+    "RankError": "dhf.errors",
+    "Reason": "dhf.reason",
+    "ReplicasDivergedError": "dhf.errors",
+    "Solution": "dhf.solvers",
+    "StaleGraphError": "dhf.errors",
+    "StepReport": "dhf.optim",
+    "UsageError": "dhf.errors",
+    "cg": "dhf.solvers",
+    "connect": "dhf.comm",
+    "jacobi": "dhf.preconditioners",
+}
+
+__all__ = ["__version__", *_PUBLIC]
+
+if TYPE_CHECKING:
+    from dhf.comm import connect as connect
+    from dhf.errors import CommunicationError as CommunicationError
+    from dhf.errors import NonFiniteError as NonFiniteError
+    from dhf.errors import RankError as RankError
+    from dhf.errors import ReplicasDivergedError as ReplicasDivergedError
+    from dhf.errors import StaleGraphError as StaleGraphError
+    from dhf.errors import UsageError as UsageError
+    from dhf.losses import BinaryCrossEntropy as BinaryCrossEntropy
+    from dhf.losses import CrossEntropy as CrossEntropy
+    from dhf.losses import MeanSquaredError as MeanSquaredError
+    from dhf.objective import LeastSquares as LeastSquares
+    from dhf.objective import Objective as Objective
+    from dhf.operator import Fisher as Fisher
+    from dhf.operator import GaussNewton as GaussNewton
+    from dhf.operator import GlobalOperator as GlobalOperator
+    from dhf.operator import Hessian as Hessian
+    from dhf.optim import HessianFree as HessianFree
+    from dhf.optim import StepReport as StepReport
+    from dhf.preconditioners import jacobi as jacobi
+    from dhf.problems import Problem as Problem
+    from dhf.reason import Reason as Reason
+    from dhf.solvers import Solution as Solution
+    from dhf.solvers import cg as cg
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'dhf' has no attribute {name!r}")
+    return getattr(importlib.import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,8 @@
+"""How ranks talk: the Communicator protocol, its transports, and connect()."""
+
+from dhf.comm.communicator import Communicator
+from dhf.comm.connect import connect
+from dhf.comm.serial import Serial
+from dhf.comm.torch_distributed import TorchDistributed
+
+__all__ = ["Communicator", "Serial", "TorchDistributed", "connect"]

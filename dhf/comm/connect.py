@@ -1,0 +1,238 @@
+"""connect(): find out how this process was started, and join the ranks it belongs to."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import os
+import re
+import socket
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+from dhf.comm.serial import Serial
+from dhf.comm.torch_distributed import TorchDistributed
+from dhf.errors import CommunicationError, UsageError
+
+if TYPE_CHECKING:
+    from dhf.comm.communicator import Communicator
+
+__all__ = ["Launch", "connect", "detect"]
+
+_BACKENDS = ("auto", "nccl", "gloo", "serial")
+_stores: dict[tuple[str, int, str], dist.Store] = {}
+_connections = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """How this process was started.
+
+    Attributes:
+        launcher: ``"torchrun"`` (or anything that sets its variables), ``"slurm"`` or ``"none"``.
+        rank: This rank.
+        size: Number of ranks.
+        local_rank: This rank's number on its host.
+        local_size: Ranks on this host.
+        address: Host name or address of rank 0.
+        port: TCP port of the store.
+        attempt: How often the launcher has restarted the ranks.
+    """
+
+    launcher: str
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    address: str = "localhost"
+    port: int = 0
+    attempt: str = "0"
+
+
+def connect(
+    backend: str = "auto", *, device: str = "auto", timeout: float = 300.0, threads: int | None = None
+) -> Communicator:
+    """Join the ranks that torchrun or srun started, or be the only one.
+
+    Args:
+        backend: ``"auto"`` takes NCCL where every rank of this host has a GPU of its own, gloo otherwise, and serial
+            for one process; or ``"nccl"``, ``"gloo"``, ``"serial"``.
+        device: ``"auto"``, ``"cpu"`` or ``"cuda"``. Rank r of a host takes GPU r (gloo ranks share GPUs if there are fewer).
+        timeout: Seconds after which a rank that does not come, or leaves a collective waiting, is an error.
+        threads: Intra-operation threads per rank; by default the cores this process may use, divided by the ranks
+            on this host, when there are several.
+
+    Returns:
+        A Communicator; close it when done.
+
+    Raises:
+        UsageError: If the environment or the request contradicts itself.
+        CommunicationError: If the other ranks do not come in time.
+
+    Example:
+        >>> comm = connect("serial")
+        >>> comm.rank, comm.size
+        (0, 1)
+    """
+    if backend not in _BACKENDS:
+        raise UsageError(f"backend {backend!r} is unknown; choose from {', '.join(_BACKENDS)}")
+    if device not in ("auto", "cpu", "cuda"):
+        raise UsageError(f"device {device!r} is unknown; choose from auto, cpu, cuda")
+    launch = detect(os.environ)
+    if launch.size > 1 and backend == "serial":
+        raise UsageError(f"--backend serial is one process, but {launch.size} ranks were started; use --backend gloo")
+    backend, place = _choose(launch, backend, device)
+    _set_threads(launch, threads)
+    if backend == "serial":
+        return Serial(place)
+    if dist.is_initialized():
+        return TorchDistributed(place, backend, timeout=timeout)
+    store = _store(launch, timeout)
+    return TorchDistributed(place, backend, store=store, rank=launch.rank, size=launch.size, timeout=timeout)
+
+
+def detect(environment: Mapping[str, str]) -> Launch:
+    """Read torchrun's or srun's variables.
+
+    Raises:
+        UsageError: If they are incomplete, or speak of a launcher that dhf cannot follow.
+    """
+    if "RANK" in environment or "WORLD_SIZE" in environment:
+        return _from_torchrun(environment)
+    # srun sets SLURM_STEP_NUM_TASKS for its tasks alone; a batch script has SLURM_NTASKS but is one process
+    if int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and "SLURM_PROCID" in environment:
+        return _from_slurm(environment)
+    for variable in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+        if int(environment.get(variable, "1")) > 1:
+            raise UsageError(
+                f"mpirun started {environment[variable]} processes ({variable}), which dhf would run as that many separate "
+                "jobs; start them with torchrun or srun"
+            )
+    return Launch("none")
+
+
+def _from_torchrun(environment: Mapping[str, str]) -> Launch:
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in names if not environment.get(name)]
+    if missing:
+        given = ", ".join(name for name in names if name not in missing)
+        raise UsageError(
+            f"{given} set but {', '.join(missing)} not: start with torchrun, set all of {', '.join(names)}, "
+            "or unset them to run one process"
+        )
+    try:
+        rank, size, port = (int(environment[name]) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
+    except ValueError as error:
+        raise UsageError(f"RANK, WORLD_SIZE and MASTER_PORT must be integers: {error}") from None
+    if not 0 <= rank < size:
+        raise UsageError(f"RANK={rank} is not in 0 to WORLD_SIZE-1={size - 1}")
+    return Launch(
+        "torchrun",
+        rank,
+        size,
+        int(environment.get("LOCAL_RANK", rank)),
+        int(environment.get("LOCAL_WORLD_SIZE", size)),
+        environment["MASTER_ADDR"],
+        port,
+        environment.get("TORCHELASTIC_RESTART_COUNT", "0"),
+    )
+
+
+def _from_slurm(environment: Mapping[str, str]) -> Launch:
+    size = int(environment["SLURM_STEP_NUM_TASKS"])
+    job, step = int(environment["SLURM_JOB_ID"]), int(environment.get("SLURM_STEP_ID", "0"))
+    nodes = environment.get("SLURM_STEP_NODELIST") or environment["SLURM_JOB_NODELIST"]
+    return Launch(
+        "slurm",
+        int(environment["SLURM_PROCID"]),
+        size,
+        int(environment.get("SLURM_LOCALID", "0")),
+        # "2(x3),1" lists tasks per node; this node's entry is found by its position
+        _tasks_on_node(environment.get("SLURM_STEP_TASKS_PER_NODE", str(size)), int(environment.get("SLURM_NODEID", "0"))),
+        environment.get("MASTER_ADDR") or first_host(nodes),
+        int(environment.get("MASTER_PORT") or 20000 + (job * 17 + step) % 20000),
+        environment.get("SLURM_RESTART_COUNT", "0"),
+    )
+
+
+def first_host(nodes: str) -> str:
+    """The first host of a SLURM node list: ``"gpu[03-05,9],cpu1"`` gives ``"gpu03"``."""
+    match = re.match(r"([^,\[]+)(?:\[(\d+))?([^,\[\]-]*)?", nodes)
+    if match is None:
+        raise UsageError(f"cannot read the SLURM node list {nodes!r}; set MASTER_ADDR to the host of rank 0")
+    suffix = re.match(r"[^\[]*\[[^\]]*\]([^,\[]*)", nodes)
+    return match[1] + (match[2] + (suffix[1] if suffix else "") if match[2] else "")
+
+
+def _tasks_on_node(layout: str, node: int) -> int:
+    counts: list[int] = []
+    for part in layout.split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
+        if match is None:
+            raise UsageError(f"cannot read SLURM_STEP_TASKS_PER_NODE={layout!r}")
+        counts += [int(match[1])] * int(match[2] or 1)
+    return counts[node]
+
+
+def _choose(launch: Launch, backend: str, device: str) -> tuple[str, torch.device]:
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == "cuda" and gpus == 0:
+        raise UsageError("--device cuda needs a GPU that torch can use: found none; use --device cpu")
+    if backend == "nccl" and (device == "cpu" or gpus < launch.local_size):
+        raise UsageError(
+            f"--backend nccl needs a GPU per rank: found {gpus if device != 'cpu' else 0}, asked for {launch.local_size}; "
+            "use --backend gloo"
+        )
+    on_gpu = gpus > 0 and device != "cpu"
+    if backend == "auto":
+        if launch.size == 1 and launch.launcher == "none":
+            backend = "serial"
+        else:
+            backend = "nccl" if on_gpu and gpus >= launch.local_size else "gloo"
+    elif backend != "serial" and launch.launcher == "none":
+        raise UsageError(f"--backend {backend} needs ranks: start with torchrun or srun, or use --backend serial")
+    if not on_gpu:
+        return backend, torch.device("cpu")
+    place = torch.device("cuda", launch.local_rank % gpus)
+    torch.cuda.set_device(place)
+    return backend, place
+
+
+def _set_threads(launch: Launch, threads: int | None) -> None:
+    if threads is None and launch.local_size > 1:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        threads = max(1, cores // launch.local_size)
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def _store(launch: Launch, timeout: float) -> dist.Store:
+    """A store of this attempt's own: the launcher's store still holds the addresses of ranks it has restarted."""
+    global _connections
+    limit = datetime.timedelta(seconds=timeout)
+    key = (launch.address, launch.port, launch.attempt)
+    try:
+        if key not in _stores:
+            if launch.launcher == "torchrun":
+                store, _, _ = next(dist.rendezvous("env://", launch.rank, launch.size, timeout=limit))
+            else:
+                _check_resolves(launch.address)
+                store = dist.TCPStore(launch.address, launch.port, launch.size, launch.rank == 0, limit)
+            _stores[key] = store
+    except (RuntimeError, ValueError) as error:
+        raise CommunicationError(
+            f"rank {launch.rank} of {launch.size} did not reach the others at {launch.address}:{launch.port} within "
+            f"{timeout:g} s: {str(error).splitlines()[0]}"
+        ) from error
+    _connections += 1
+    return dist.PrefixStore(f"dhf/attempt{launch.attempt}/connection{_connections}", _stores[key])
+
+
+def _check_resolves(host: str) -> None:
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError:
+        raise UsageError(f"host {host!r} of rank 0 does not resolve; set MASTER_ADDR to an address every rank reaches") from None

@@ -1,0 +1,41 @@
+"""Serial: one rank that talks to nobody; the same program in one process, for debugging."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Serial"]
+
+
+class Serial:
+    """The Communicator of a single process.
+
+    Args:
+        device: Where tensors live; CPU by default.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.rank, self.size, self.backend = 0, 1, "serial"
+        self.device = torch.device(device)
+        self.collectives = 0
+
+    def all_reduce(self, buffer: Tensor) -> None:
+        """The sum over one rank is the buffer itself."""
+        self.collectives += 1
+
+    def broadcast(self, buffer: Tensor, source: int = 0) -> None:
+        """The buffer is already everywhere."""
+        self.collectives += 1
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """The one value."""
+        return [value]
+
+    def barrier(self, timeout: float | None = None) -> None:
+        """There is nobody to wait for."""
+
+    def close(self) -> None:
+        """There is nothing to free."""

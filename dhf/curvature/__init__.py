@@ -1,0 +1,9 @@
+"""Rank-local products: what a curvature matrix does to a vector on one shard. Knows no ranks."""
+
+from dhf.curvature.fisher import FisherGraph
+from dhf.curvature.gauss_newton import GaussNewtonGraph
+from dhf.curvature.gradient import GradientGraph
+from dhf.curvature.hessian import HessianGraph
+from dhf.curvature.shard import Graph, ShardCurvature
+
+__all__ = ["FisherGraph", "GaussNewtonGraph", "GradientGraph", "Graph", "HessianGraph", "ShardCurvature"]

@@ -1,0 +1,84 @@
+"""GaussNewtonGraph: products with the generalised Gauss-Newton matrix of one micro-batch.
+
+    G v = Jᵀ ∇²ℓ(z) J v,    z = outputs(θ),  J = ∂z/∂θ
+
+Two graphs are kept: z, and Jᵀu for a cotangent u. Jᵀu is linear in u, so differentiating ``(Jᵀu)·v`` by u gives J v
+whatever u is (Townsend's trick); with u = ∇ℓ(z) its value is the gradient, which then costs nothing more.
+∇²ℓ(z) is a closed form for the losses dhf knows, autograd on the loss graph otherwise (Schraudolph, 2002).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dhf.curvature.gradient import scalar_loss
+from dhf.errors import UsageError
+from dhf.losses import OutputHessian
+from dhf.objective import Objective
+from dhf.parameters import Parameters
+
+__all__ = ["GaussNewtonGraph"]
+
+
+class GaussNewtonGraph:
+    """The retained graphs of outputs and vector-Jacobian product of one micro-batch.
+
+    Attributes:
+        outputs: z, detached, shape (N, ...).
+        output_hessian: The product with the Hessian of the mean loss in z; the Fisher matrix puts its own here.
+    """
+
+    def __init__(self, objective: Objective, parameters: Parameters, batch: Any) -> None:
+        z = objective.outputs(batch)
+        objective.check(z, batch)
+        if not z.requires_grad:
+            raise UsageError("the outputs do not depend on any trainable parameter; check for detach() or no_grad()")
+        self.outputs = z.detach()
+        at = z.detach().requires_grad_(True)
+        loss = scalar_loss(objective, at, batch)
+        slope = _loss_slope(loss, at, parameters)
+        known = objective.output_hessian(self.outputs, batch)
+        self.output_hessian: OutputHessian = known if known is not None else _autograd_hessian(slope, at)
+        self.rows = z.shape[0] if z.dim() else 0
+        self.loss = loss.detach()
+        self._z, self._tensors = z, parameters.tensors
+        self._u = slope.detach().clone().requires_grad_(True)
+        gradient = torch.autograd.grad(z, self._tensors, self._u, create_graph=True, materialize_grads=True)
+        self.gradient: Sequence[Tensor] = [g.detach() for g in gradient]
+        # parameters the outputs do not depend on have no graph
+        self._kept = [i for i, g in enumerate(gradient) if g.requires_grad]
+        self._graph = [gradient[i] for i in self._kept]
+
+    def begin(self, first_row: int) -> None:
+        """The Gauss-Newton matrix does not depend on where the micro-batch stands among all data."""
+
+    def product(self, v: Sequence[Tensor]) -> Sequence[Tensor]:
+        """``G v``, one tensor per parameter, from one tensor per parameter."""
+        (Jv,) = torch.autograd.grad(self._graph, self._u, [v[i] for i in self._kept], retain_graph=True)
+        return torch.autograd.grad(
+            self._z, self._tensors, self.output_hessian(Jv), retain_graph=True, materialize_grads=True
+        )
+
+
+def _loss_slope(loss: Tensor, z: Tensor, parameters: Parameters) -> Tensor:
+    """``∇ℓ(z)`` with its graph; refuses a loss that also depends on the parameters past the outputs."""
+    slope, *direct = torch.autograd.grad(
+        loss, (z, *parameters.tensors), create_graph=True, allow_unused=True, materialize_grads=False
+    )
+    for name, part in zip(parameters.names, direct, strict=True):
+        if part is not None:
+            raise UsageError(
+                f"the loss depends on parameter {name!r} directly, not only through the outputs, and Gauss-Newton would drop "
+                "that part; use weight_decay, return it among the outputs, or use the Hessian"
+            )
+    return torch.zeros_like(z) if slope is None else slope
+
+
+def _autograd_hessian(slope: Tensor, z: Tensor) -> OutputHessian:
+    if not slope.requires_grad:
+        return torch.zeros_like
+    return lambda u: torch.autograd.grad(slope, z, u, retain_graph=True, materialize_grads=True)[0]

@@ -1,0 +1,131 @@
+"""ShardCurvature: one graph per micro-batch of a shard, built once, weighted by sample counts, freed at the end.
+
+A new curvature writes a Graph for one micro-batch; looping, weighting and retention are done here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from dhf.evaluation import full_precision, reproducible, twice_differentiable
+from dhf.objective import Objective
+from dhf.parameters import Parameters
+
+__all__ = ["BuildGraph", "Graph", "ShardCurvature"]
+
+
+class Graph(Protocol):
+    """What one micro-batch keeps for a whole solve.
+
+    Attributes:
+        loss: Mean loss over the micro-batch, 0-dim.
+        gradient: Its gradient, one tensor per parameter.
+        rows: Samples in the micro-batch.
+    """
+
+    loss: Tensor
+    gradient: Sequence[Tensor]
+    rows: int
+
+    def begin(self, first_row: int) -> None:
+        """Called once before the first product, with the micro-batch's place among all data."""
+
+    def product(self, v: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The curvature of the mean loss times v, one tensor per parameter."""
+
+
+BuildGraph = Callable[[Objective, Parameters, Any], Graph]
+
+
+class ShardCurvature:
+    """The products of one rank's shard, on graphs that are kept from construction to :meth:`close`.
+
+    Args:
+        objective: What is differentiated.
+        parameters: With respect to what.
+        batches: This rank's micro-batches; none for an empty shard. Those that count zero are passed over.
+        seeds: One random seed per micro-batch.
+        build: Makes the graph of one micro-batch.
+        move_buffers: Whether BatchNorm's running statistics follow this forward pass.
+
+    Attributes:
+        loss_sum: ``Σ count·loss``, float64.
+        gradient_sum: ``Σ count·gradient``, shape (n,).
+        count: ``Σ count``.
+        rows: Samples in the shard.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        parameters: Parameters,
+        batches: Sequence[Any],
+        seeds: Sequence[int],
+        build: BuildGraph,
+        *,
+        move_buffers: bool = False,
+    ) -> None:
+        self._parameters = parameters
+        self._snapshot = parameters.snapshot()
+        self._graphs: list[Graph] = []
+        self._counts: list[float] = []
+        self.gradient_sum = torch.zeros(parameters.numel, dtype=parameters.dtype, device=parameters.device)
+        losses = torch.zeros((), dtype=torch.float64, device=parameters.device)
+        for batch, seed in zip(batches, seeds, strict=True):
+            count = objective.count(batch)
+            if count == 0:
+                continue
+            with (
+                reproducible(objective, parameters.device, seed, move_buffers=move_buffers),
+                twice_differentiable(objective.module, parameters.device),
+            ):
+                graph = build(objective, parameters, batch)
+            losses += graph.loss.double() * count
+            for view, piece in zip(parameters.split(self.gradient_sum), graph.gradient, strict=True):
+                view.add_(piece, alpha=count)
+            graph.gradient = ()
+            self._graphs.append(graph)
+            self._counts.append(count)
+        self.loss_sum = losses.item()
+        self.count = sum(self._counts)
+        self.rows = sum(graph.rows for graph in self._graphs)
+        self._weights: list[float] = []
+
+    def begin(self, total: float, first_row: int) -> None:
+        """Take the place among all data: the global sample count, and the index of this shard's first row."""
+        self._weights = [count / total for count in self._counts]
+        for graph in self._graphs:
+            graph.begin(first_row)
+            first_row += graph.rows
+
+    def product(self, v: Tensor, out: Tensor) -> None:
+        """This shard's share of the global product, ``Σ count/total · A_j v``, into ``out`` of shape (n,).
+
+        Raises:
+            StaleGraphError: If a parameter has moved since the graphs were built.
+        """
+        self._snapshot.check()
+        pieces_of_v = self._parameters.split(v)
+        if not self._graphs:
+            out.zero_()
+        with full_precision(self._parameters.device):
+            for j, (graph, weight) in enumerate(zip(self._graphs, self._weights, strict=True)):
+                pieces = graph.product(pieces_of_v)
+                if j == 0:
+                    self._parameters.flatten(pieces, out=out).mul_(weight)
+                else:
+                    for view, piece in zip(self._parameters.split(out), pieces, strict=True):
+                        view.add_(piece, alpha=weight)
+
+    def moved(self) -> Tensor | None:
+        """On a GPU, how many parameters moved by value, as a 0-dim tensor; on a CPU :meth:`product` has looked."""
+        return self._snapshot.moved() if self._parameters.device.type != "cpu" else None
+
+    def close(self) -> None:
+        """Free the graphs."""
+        self._graphs.clear()
+        self._weights.clear()

@@ -1,0 +1,132 @@
+"""Evaluation: the conditions under which an objective is one deterministic, twice differentiable function.
+
+Within one step the same function is built into graphs and evaluated at trial points. So its random numbers are
+fixed per micro-batch, its buffers do not move, and its kernels are those that can be differentiated twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from dhf.errors import UsageError
+from dhf.objective import Objective
+
+__all__ = ["check_module", "evaluate", "full_precision", "micro_batch_seeds", "moving_buffers", "reproducible", "stream_seed", "twice_differentiable"]
+
+
+def stream_seed(*key: int) -> int:
+    """One 63-bit seed for a random stream named by integers (seed, step, rank, micro-batch, ...)."""
+    return int(np.random.SeedSequence([k & 0xFFFFFFFF for k in key]).generate_state(1, np.uint64)[0] >> 1)
+
+
+def micro_batch_seeds(seed: int, rank: int, number: int) -> list[int]:
+    """One seed for each of a rank's micro-batches, the same in graphs and at trial points."""
+    return [stream_seed(seed, seed >> 32, rank, j) for j in range(number)]
+
+
+@contextlib.contextmanager
+def reproducible(objective: Objective, device: torch.device, seed: int, *, move_buffers: bool = False) -> Iterator[None]:
+    """Fix torch's random numbers to ``seed`` inside; restore their state and the module's running statistics after.
+
+    With ``move_buffers`` the running statistics of BatchNorm stay where the forward pass left them.
+    """
+    buffers = [] if move_buffers else moving_buffers(objective.module)
+    kept = [b.clone() for b in buffers]
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            for buffer, value in zip(buffers, kept, strict=True):
+                # .data: the graph has saved this buffer, and a bumped version would make it refuse its backward
+                buffer.data.copy_(value)
+
+
+@contextlib.contextmanager
+def twice_differentiable(module: torch.nn.Module, device: torch.device) -> Iterator[None]:
+    """Use kernels with a second derivative: composed attention, no fused encoder layers, no cuDNN RNN."""
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    recurrent = device.type == "cuda" and any(isinstance(m, torch.nn.RNNBase) for m in module.modules())
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            stack.enter_context(full_precision(device))
+            if recurrent:
+                stack.enter_context(torch.backends.cudnn.flags(enabled=False, allow_tf32=False))
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)
+
+
+@contextlib.contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Keep float32 at float32 on a GPU: no TF32 in matrix products and convolutions."""
+    if device.type != "cuda":
+        yield
+        return
+    matmul, convolution = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = matmul
+        torch.backends.cudnn.allow_tf32 = convolution
+
+
+def check_module(module: torch.nn.Module) -> None:
+    """Refuse modules that cannot be differentiated twice, by name; warn of those that change what is minimised."""
+    for path, child in module.named_modules():
+        if isinstance(child, torch.nn.EmbeddingBag):
+            raise UsageError(
+                f"submodule {path!r} is an EmbeddingBag, which has no second derivative; use Embedding and a sum or mean"
+            )
+        if isinstance(child, torch.nn.SyncBatchNorm):
+            raise UsageError(
+                f"submodule {path!r} is a SyncBatchNorm, which has no second derivative; use GroupNorm or LayerNorm"
+            )
+        if isinstance(child, torch.nn.modules.batchnorm._NormBase) and _follows_batch(child):
+            warnings.warn(
+                f"submodule {path!r} is a {type(child).__name__} in training mode: the objective is then not a mean over "
+                "samples, and its value depends on how samples are split into micro-batches and over ranks; "
+                "use eval() for it, or GroupNorm or LayerNorm",
+                stacklevel=3,
+            )
+            return
+
+
+def moving_buffers(module: torch.nn.Module) -> list[Tensor]:
+    """The running statistics that a forward pass in training mode moves."""
+    norms = (m for m in module.modules() if isinstance(m, torch.nn.modules.batchnorm._NormBase))
+    return [b for m in norms if _follows_batch(m) and m.track_running_stats for b in m.buffers(recurse=False)]
+
+
+@torch.no_grad()
+def evaluate(
+    objective: Objective, device: torch.device, batches: Sequence[Any], seeds: Sequence[int]
+) -> tuple[float, float]:
+    """This rank's ``Σ count·loss`` and ``Σ count`` over its micro-batches, in float64; no weight decay, no graph."""
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    weight = 0.0
+    for batch, seed in zip(batches, seeds, strict=True):
+        count = objective.count(batch)
+        if count == 0:
+            continue
+        with reproducible(objective, device, seed), twice_differentiable(objective.module, device):
+            total += objective.loss(objective.outputs(batch), batch).double() * count
+        weight += count
+    return total.item(), weight
+
+
+def _follows_batch(norm: torch.nn.Module) -> bool:
+    # InstanceNorm normalises within a sample; only its running statistics follow the batch
+    return norm.training and (norm.track_running_stats or not isinstance(norm, torch.nn.modules.instancenorm._InstanceNorm))

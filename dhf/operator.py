@@ -1,0 +1,311 @@
+"""GlobalOperator: local curvature + communicator + coordinator = one symmetric operator on flat vectors.
+
+    A v = Σ_ranks Σ_micro-batches (count / N) A_j v + weight_decay v
+
+One all-reduce per product: every rank sums its micro-batches into one flat buffer, whose tail is the status word.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dhf.comm import Communicator, Serial
+from dhf.coordinator import Coordinator, Verdict, capture
+from dhf.curvature import FisherGraph, GaussNewtonGraph, GradientGraph, HessianGraph, ShardCurvature
+from dhf.curvature.shard import BuildGraph
+from dhf.errors import NonFiniteError, UsageError
+from dhf.evaluation import check_module, micro_batch_seeds
+from dhf.objective import Objective
+from dhf.parameters import Parameters
+from dhf.reason import Reason
+from dhf.vector_space import Replicated, VectorSpace
+
+__all__ = ["Fisher", "GaussNewton", "GlobalOperator", "Hessian", "Shifted", "loss_and_gradient"]
+
+
+class GlobalOperator:
+    """The curvature of the global objective, as a symmetric operator on flat vectors that every rank holds whole.
+
+    A context manager: the graphs are built when it is made and freed when it is left. Every rank makes it, multiplies
+    and leaves it together.
+
+    Args:
+        objective: What is differentiated.
+        batches: This rank's micro-batches, each what ``objective.outputs`` takes. May be empty.
+        comm: How ranks talk; one process by default.
+        build: Makes the graph of one micro-batch.
+        seed: Fixes dropout and other randomness for the operator's life; the same on all ranks.
+        coordinator: How ranks agree; made from ``comm`` by default.
+        move_buffers: Whether BatchNorm's running statistics follow this forward pass.
+
+    Attributes:
+        loss: The global objective, weight decay included. Float.
+        gradient: The global gradient, shape (n,), the parameters' dtype and device.
+        count: Samples (or their total weight) over all ranks.
+        products: Products taken so far.
+        space: The inner products of these vectors.
+
+    Raises:
+        UsageError: If the module, the loss or a batch cannot be used; on every rank, naming the rank that found it.
+        NonFiniteError: If the loss or gradient is not finite.
+        RankError: If code failed on a rank.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        batches: Iterable[Any],
+        *,
+        build: BuildGraph,
+        comm: Communicator | None = None,
+        seed: int = 0,
+        coordinator: Coordinator | None = None,
+        move_buffers: bool = False,
+    ) -> None:
+        comm = comm if comm is not None else coordinator.comm if coordinator else _serial_for(objective)
+        self._coordinator = coordinator or Coordinator(comm)
+        self.comm = comm
+        self.space: VectorSpace = Replicated()
+        self.products = 0
+        check_module(objective.module)
+        self.parameters = Parameters(objective.module)
+        self._decay = objective.weight_decay
+
+        def build_shard() -> ShardCurvature:
+            pieces = list(batches)
+            seeds = micro_batch_seeds(seed, comm.rank, len(pieces))
+            return ShardCurvature(objective, self.parameters, pieces, seeds, build, move_buffers=move_buffers)
+
+        shard, failure = capture(build_shard)
+        self._shard = shard
+        self._buffer = torch.zeros(
+            self.parameters.numel + Coordinator.WIDTH, dtype=self.parameters.dtype, device=self.parameters.device
+        )
+        self._sum_over_ranks(shard, failure)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(n, n)``."""
+        return self.parameters.numel, self.parameters.numel
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The parameters' dtype."""
+        return self.parameters.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The parameters' device."""
+        return self.parameters.device
+
+    def __matmul__(self, v: Tensor) -> Tensor:
+        return self.matvec(v)
+
+    def matvec(self, v: Tensor) -> Tensor:
+        """``A v``, a new tensor of shape (n,), from a tensor of shape (n,) that is the same on every rank.
+
+        Raises:
+            ValueError: If v has another shape, dtype or device.
+            StaleGraphError: If parameters moved since the graphs were built, or the operator was closed.
+            NonFiniteError: If the product is not finite; it names the ranks.
+            RankError: If code failed on a rank.
+        """
+        product, verdict = self.apply(v)
+        if verdict.reason is Reason.NON_FINITE:
+            ranks = ", ".join(map(str, self._coordinator.non_finite_ranks))
+            raise NonFiniteError(f"the product holds NaN or infinity, from rank {ranks}; look at its data")
+        return product.clone()
+
+    def apply(self, v: Tensor, proposal: Reason | None = None) -> tuple[Tensor, Verdict]:
+        """``A v`` and what all ranks agreed, in one collective; the tensor is overwritten by the next product.
+
+        Args:
+            v: Shape (n,).
+            proposal: Why this rank's solver wants to end, or None to go on.
+        """
+        n = self.parameters.numel
+        product, word = self._buffer[:n], self._buffer[n:]
+        _, failure = capture(lambda: self._multiply(v, product))
+        if failure is not None:
+            product.zero_()
+        finite = product.sum(dtype=torch.float64)
+        moved = self._shard.moved() if self._shard is not None and failure is None else None
+        self._coordinator.fill(word, proposal=proposal, failure=failure, finite=finite, moved=moved)
+        self.comm.all_reduce(self._buffer)
+        verdict = self._coordinator.read(word)
+        self.products += 1
+        if self._decay:
+            product.add_(v, alpha=self._decay)
+        return product, verdict
+
+    def shifted(self, damping: float) -> Shifted:
+        """``A + damping·I``, on the same graphs."""
+        return Shifted(self, damping)
+
+    def close(self) -> None:
+        """Free the graphs; ``loss`` and ``gradient`` stay."""
+        if self._shard is not None:
+            self._shard.close()
+            self._shard = None
+
+    def __enter__(self) -> GlobalOperator:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _multiply(self, v: Tensor, out: Tensor) -> None:
+        if self._shard is None:
+            raise RuntimeError("the operator is closed: its graphs have been freed")
+        self.parameters.check_vector(v)
+        self._shard.product(v, out)
+
+    def _sum_over_ranks(self, shard: ShardCurvature | None, failure: BaseException | None) -> None:
+        """Add up losses, counts and gradients, tell every shard its place, and compare replicas, in two collectives."""
+        comm, coordinate = self.comm, self._coordinator
+        theta = self.parameters.read()
+        places = [0.0] * comm.size
+        if shard is not None:
+            places[comm.rank] = shard.rows
+        sums = [shard.loss_sum, shard.count] if shard is not None else [0.0, 0.0]
+        # the decay term is rank 0's alone, so that every rank holds the same bits of the loss
+        decay = 0.5 * self._decay * float(theta.double().square().sum()) if comm.rank == 0 else 0.0
+        mark = coordinate.expect_replicas(theta)
+        loss_sum, total, decay, *rest = coordinate.reduce([*sums, decay, *places, *mark], failure=failure)
+        assert shard is not None
+        coordinate.compare_replicas(rest[comm.size :])
+        rows = [int(r) for r in rest[: comm.size]]
+        self.count, self.rows = total, rows
+        n = self.parameters.numel
+        gradient, word = self._buffer[:n], self._buffer[n:]
+        _, failure = capture(lambda: self._place(shard, total, sum(rows[: comm.rank])))
+        gradient.copy_(shard.gradient_sum).mul_(1.0 / total if total else 0.0)
+        finite = gradient.sum(dtype=torch.float64) + shard.loss_sum
+        coordinate.fill(word, failure=failure, finite=finite)
+        comm.all_reduce(self._buffer)
+        verdict = coordinate.read(word)
+        self.loss = loss_sum / total + decay
+        self.gradient = gradient.clone().add_(theta, alpha=self._decay)
+        if verdict.reason is Reason.NON_FINITE:
+            ranks = ", ".join(map(str, coordinate.non_finite_ranks))
+            raise NonFiniteError(
+                f"the loss is {self.loss:g} and its gradient not finite, from rank {ranks}; look for NaN in the data, "
+                "a loss that overflows, or too large initial weights"
+            )
+
+    @staticmethod
+    def _place(shard: ShardCurvature, total: float, first_row: int) -> None:
+        if total == 0:
+            raise UsageError("no rank has a sample; give at least one rank a micro-batch")
+        shard.begin(total, first_row)
+
+
+class Shifted:
+    """``A + damping·I``: a GlobalOperator with a multiple of the identity added.
+
+    Args:
+        operator: A.
+        damping: Added to the diagonal.
+    """
+
+    def __init__(self, operator: GlobalOperator, damping: float) -> None:
+        self.operator, self.damping = operator, float(damping)
+        self.shape, self.dtype, self.device, self.space = operator.shape, operator.dtype, operator.device, operator.space
+
+    def __matmul__(self, v: Tensor) -> Tensor:
+        return self.matvec(v)
+
+    def matvec(self, v: Tensor) -> Tensor:
+        """``A v + damping v``, a new tensor of shape (n,)."""
+        return self.operator.matvec(v).add_(v, alpha=self.damping)
+
+    def apply(self, v: Tensor, proposal: Reason | None = None) -> tuple[Tensor, Verdict]:
+        """As :meth:`GlobalOperator.apply`."""
+        product, verdict = self.operator.apply(v, proposal)
+        return product.add_(v, alpha=self.damping), verdict
+
+    def shifted(self, damping: float) -> Shifted:
+        """``A + (self.damping + damping)·I``."""
+        return Shifted(self.operator, self.damping + damping)
+
+
+class Hessian(GlobalOperator):
+    """The Hessian of the objective. Symmetric, indefinite in general.
+
+    Args:
+        objective: What is differentiated.
+        batches: This rank's micro-batches.
+        comm: How ranks talk; one process by default.
+        **options: ``seed``, ``coordinator``, ``move_buffers`` as in :class:`GlobalOperator`.
+
+    Example:
+        >>> import torch
+        >>> x, y = torch.eye(2, dtype=torch.float64), torch.zeros(2, 1, dtype=torch.float64)
+        >>> objective = Objective(torch.nn.Linear(2, 1, bias=False).double(), torch.nn.MSELoss())
+        >>> with Hessian(objective, [(x, y)]) as A:  # 2/N xᵀx = I
+        ...     A @ torch.tensor([3.0, 4.0], dtype=torch.float64)
+        tensor([3., 4.], dtype=torch.float64)
+    """
+
+    def __init__(
+        self, objective: Objective, batches: Iterable[Any], *, comm: Communicator | None = None, **options: Any
+    ) -> None:
+        super().__init__(objective, batches, comm=comm, build=HessianGraph, **options)
+
+
+class GaussNewton(GlobalOperator):
+    """The generalised Gauss-Newton matrix ``1/N Σ Jᵀ ∇²ℓ J``. Positive semi-definite where the loss is convex in the outputs.
+
+    Arguments as :class:`Hessian`.
+    """
+
+    def __init__(
+        self, objective: Objective, batches: Iterable[Any], *, comm: Communicator | None = None, **options: Any
+    ) -> None:
+        super().__init__(objective, batches, comm=comm, build=GaussNewtonGraph, **options)
+
+
+class Fisher(GlobalOperator):
+    """The Fisher matrix, by labels sampled from the model's predictive distribution. Positive semi-definite.
+
+    Args:
+        objective: One with MSE, cross-entropy, BCE-with-logits or LeastSquares loss.
+        batches: This rank's micro-batches. Ranks and micro-batches in the data's order draw the same labels however split.
+        comm: How ranks talk; one process by default.
+        samples: Labels drawn per sample.
+        seed: Names the labels; the same on all ranks.
+        **options: ``coordinator``, ``move_buffers`` as in :class:`GlobalOperator`.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        batches: Iterable[Any],
+        *,
+        comm: Communicator | None = None,
+        samples: int = 1,
+        seed: int = 0,
+        **options: Any,
+    ) -> None:
+        if samples < 1:
+            raise ValueError(f"samples must be at least 1, got {samples}")
+        build = functools.partial(FisherGraph, samples=samples, seed=seed)
+        super().__init__(objective, batches, comm=comm, build=build, seed=seed, **options)
+
+
+def loss_and_gradient(
+    objective: Objective, batches: Iterable[Any], *, comm: Communicator | None = None, **options: Any
+) -> tuple[float, Tensor]:
+    """The global loss and gradient (shape (n,)), with no graph kept; arguments as :class:`GlobalOperator`."""
+    with GlobalOperator(objective, batches, comm=comm, build=GradientGraph, **options) as gradient:
+        return gradient.loss, gradient.gradient
+
+
+def _serial_for(objective: Objective) -> Serial:
+    return Serial(Parameters(objective.module).device)

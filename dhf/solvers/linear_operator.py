@@ -1,0 +1,88 @@
+"""What a solver asks of an operator, and how matrices and plain objects are made to answer."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from dhf.reason import Reason
+from dhf.vector_space import Replicated, VectorSpace
+
+__all__ = ["Agreement", "AgreeingOperator", "as_operator", "check_system"]
+
+
+class Agreement(Protocol):
+    """The answer that comes with a product: why the solve must end, and whether the product is one of one vector."""
+
+    @property
+    def reason(self) -> Reason | None:
+        """The common reason to end, or None."""
+
+    @property
+    def valid(self) -> bool:
+        """False if parties multiplied different vectors, so that the product must be taken again."""
+
+
+class AgreeingOperator(Protocol):
+    """An operator whose products carry a proposal to end and bring back what was agreed."""
+
+    space: VectorSpace
+
+    def apply(self, v: Tensor, proposal: Reason | None = None) -> tuple[Tensor, Agreement]:
+        """``A v``, valid until the next product, and the agreement."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Own:
+    reason: Reason | None
+    valid: bool = True
+
+
+class _Alone:
+    """An operator with nobody to agree with: what is proposed is agreed."""
+
+    def __init__(self, operator: Any) -> None:
+        self._operator = operator
+        self.space: VectorSpace = getattr(operator, "space", None) or Replicated()
+
+    def apply(self, v: Tensor, proposal: Reason | None = None) -> tuple[Tensor, Agreement]:
+        multiply = getattr(self._operator, "matvec", None) or self._operator.__matmul__
+        return multiply(v), _Own(proposal)
+
+
+def as_operator(operator: Any) -> AgreeingOperator:
+    """A GlobalOperator as it is; a square tensor, or any object with ``matvec`` or ``@``, wrapped.
+
+    Raises:
+        TypeError: If the object cannot multiply a vector.
+    """
+    if hasattr(operator, "apply") and hasattr(operator, "space"):
+        return operator
+    if isinstance(operator, Tensor) and (operator.dim() != 2 or operator.shape[0] != operator.shape[1]):
+        raise ValueError(f"expected a square matrix, got a tensor of shape {tuple(operator.shape)}")
+    if not hasattr(operator, "matvec") and not hasattr(operator, "__matmul__"):
+        raise TypeError(f"{type(operator).__name__} has neither matvec(v) nor @, so it cannot be an operator")
+    return _Alone(operator)
+
+
+def check_system(operator: Any, b: Tensor, x0: Tensor | None) -> None:
+    """Raise ValueError unless operator, right-hand side and start fit one another."""
+    if b.dim() != 1:
+        raise ValueError(f"the right-hand side must have shape (n,), got {tuple(b.shape)}")
+    if b.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"the right-hand side must be float32 or float64, got {b.dtype}")
+    shape = getattr(operator, "shape", None)
+    if shape is not None and tuple(shape) != (len(b), len(b)):
+        raise ValueError(f"the operator has shape {tuple(shape)}, the right-hand side {tuple(b.shape)}")
+    for name in ("dtype", "device"):
+        found = getattr(operator, name, None)
+        if isinstance(found, (torch.dtype, torch.device)) and found != getattr(b, name):
+            raise ValueError(f"the operator's {name} is {found}, the right-hand side's {getattr(b, name)}")
+    if x0 is not None and (x0.shape, x0.dtype, x0.device) != (b.shape, b.dtype, b.device):
+        raise ValueError(
+            f"x0 is {x0.dtype} of shape {tuple(x0.shape)} on {x0.device}, the right-hand side {b.dtype} of shape "
+            f"{tuple(b.shape)} on {b.device}"
+        )
