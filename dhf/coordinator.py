@@ -103,7 +103,17 @@ class Coordinator:
         code = float(proposal or 0)
         leads = self.comm.rank == 0
         late = leads and self.deadline is not None and time.monotonic() >= self.deadline
-        known = [code, code * code, code * leads, failure is not None, 0, self._interrupted(), late, 0, self._diverged]
+        known = [
+            code,
+            code * code,
+            code * leads,
+            failure is not None,
+            0,
+            self._interrupted(),
+            late,
+            0,
+            self._diverged,
+        ]
         word.copy_(torch.tensor([float(k) for k in known], dtype=word.dtype))
         if finite is not None:
             word[_NON_FINITE] = (~torch.isfinite(finite)).to(word.dtype)

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-__all__ = ["CommunicationError", "NonFiniteError", "RankError", "ReplicasDivergedError", "StaleGraphError", "UsageError"]
+__all__ = [
+    "CommunicationError",
+    "NonFiniteError",
+    "RankError",
+    "ReplicasDivergedError",
+    "StaleGraphError",
+    "UsageError",
+]
 
 
 class UsageError(ValueError):
@@ -44,8 +51,8 @@ class RankError(RuntimeError):
         return _rank_error, (type(self), self.rank, self.host, self.traceback, self.args)
 
 
-def _rank_error(cls: type, rank: int, host: str, traceback: str, args: tuple) -> RankError:
-    error = cls.__new__(cls)
+def _rank_error(cls: type[RankError], rank: int, host: str, traceback: str, args: tuple) -> RankError:
+    error: RankError = RankError.__new__(cls)
     error.args = args
     error.rank, error.host, error.traceback = rank, host, traceback
     return error

@@ -19,7 +19,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from dhf.errors import UsageError
 from dhf.objective import Objective
 
-__all__ = ["check_module", "evaluate", "full_precision", "micro_batch_seeds", "moving_buffers", "reproducible", "stream_seed", "twice_differentiable"]
+__all__ = [
+    "check_module",
+    "evaluate",
+    "full_precision",
+    "micro_batch_seeds",
+    "moving_buffers",
+    "reproducible",
+    "stream_seed",
+    "twice_differentiable",
+]
 
 
 def stream_seed(*key: int) -> int:
@@ -33,7 +42,9 @@ def micro_batch_seeds(seed: int, rank: int, number: int) -> list[int]:
 
 
 @contextlib.contextmanager
-def reproducible(objective: Objective, device: torch.device, seed: int, *, move_buffers: bool = False) -> Iterator[None]:
+def reproducible(
+    objective: Objective, device: torch.device, seed: int, *, move_buffers: bool = False
+) -> Iterator[None]:
     """Fix torch's random numbers to ``seed`` inside; restore their state and the module's running statistics after.
 
     With ``move_buffers`` the running statistics of BatchNorm stay where the forward pass left them.
@@ -85,6 +96,7 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
 def check_module(module: torch.nn.Module) -> None:
     """Refuse modules that cannot be differentiated twice, by name; warn of those that change what is minimised."""
+    warned = False
     for path, child in module.named_modules():
         if isinstance(child, torch.nn.EmbeddingBag):
             raise UsageError(
@@ -94,14 +106,14 @@ def check_module(module: torch.nn.Module) -> None:
             raise UsageError(
                 f"submodule {path!r} is a SyncBatchNorm, which has no second derivative; use GroupNorm or LayerNorm"
             )
-        if isinstance(child, torch.nn.modules.batchnorm._NormBase) and _follows_batch(child):
+        if isinstance(child, torch.nn.modules.batchnorm._NormBase) and _follows_batch(child) and not warned:
+            warned = True
             warnings.warn(
                 f"submodule {path!r} is a {type(child).__name__} in training mode: the objective is then not a mean over "
                 "samples, and its value depends on how samples are split into micro-batches and over ranks; "
                 "use eval() for it, or GroupNorm or LayerNorm",
                 stacklevel=3,
             )
-            return
 
 
 def moving_buffers(module: torch.nn.Module) -> list[Tensor]:
@@ -129,4 +141,5 @@ def evaluate(
 
 def _follows_batch(norm: torch.nn.Module) -> bool:
     # InstanceNorm normalises within a sample; only its running statistics follow the batch
-    return norm.training and (norm.track_running_stats or not isinstance(norm, torch.nn.modules.instancenorm._InstanceNorm))
+    within_sample = isinstance(norm, torch.nn.modules.instancenorm._InstanceNorm)
+    return norm.training and (bool(norm.track_running_stats) or not within_sample)

@@ -137,7 +137,9 @@ class CrossEntropy:
 
     def __init__(self, weight: Tensor | None = None, ignore_index: int = -100, label_smoothing: float = 0.0) -> None:
         if weight is not None and label_smoothing:
-            raise UsageError("cross-entropy with both class weights and label smoothing is not a weighted mean; drop one")
+            raise UsageError(
+                "cross-entropy with both class weights and label smoothing is not a weighted mean; drop one"
+            )
         self._weight, self._ignore, self._smoothing = weight, ignore_index, label_smoothing
 
     def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -225,7 +227,7 @@ def as_loss(loss: object) -> Loss | None:
     """
     if isinstance(loss, (MeanSquaredError, HalfSquaredNorm, BinaryCrossEntropy, CrossEntropy, _TorchLoss)):
         return loss
-    functional = {
+    functional: dict[object, type] = {
         F.mse_loss: MeanSquaredError,
         F.cross_entropy: CrossEntropy,
         F.binary_cross_entropy_with_logits: BinaryCrossEntropy,

@@ -1,6 +1,6 @@
 """Objective, LeastSquares: what a rank differentiates.
 
-    f(θ) = 1/N Σ_i ℓ(outputs(θ, x_i), y_i) + ½ weight_decay ‖θ‖²
+f(θ) = 1/N Σ_i ℓ(outputs(θ, x_i), y_i) + ½ weight_decay ‖θ‖²
 """
 
 from __future__ import annotations
@@ -128,12 +128,14 @@ def unwrap(module: torch.nn.Module) -> torch.nn.Module:
         if isinstance(module, (torch.nn.parallel.DistributedDataParallel, torch.nn.DataParallel)):
             module = module.module
         elif type(module).__name__ == "OptimizedModule" and hasattr(module, "_orig_mod"):
-            module = module._orig_mod
+            module = module.get_submodule("_orig_mod")
         else:
             break
     for path, child in module.named_modules():
         where = f"submodule {path!r}" if path else "the module"
-        if "FullyShardedDataParallel" in type(child).__name__ or "FSDPModule" in [c.__name__ for c in type(child).__mro__]:
+        if "FullyShardedDataParallel" in type(child).__name__ or "FSDPModule" in [
+            c.__name__ for c in type(child).__mro__
+        ]:
             raise UsageError(
                 f"{where} is wrapped by FSDP, which cannot be differentiated twice; pass the module before fully_shard"
             )

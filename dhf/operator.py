@@ -19,7 +19,7 @@ from dhf.comm import Communicator, Serial
 from dhf.coordinator import Coordinator, Verdict, capture
 from dhf.curvature import FisherGraph, GaussNewtonGraph, GradientGraph, HessianGraph, ShardCurvature
 from dhf.curvature.shard import BuildGraph
-from dhf.errors import NonFiniteError, UsageError
+from dhf.errors import NonFiniteError, StaleGraphError, UsageError
 from dhf.evaluation import check_module, micro_batch_seeds
 from dhf.objective import Objective
 from dhf.parameters import Parameters
@@ -85,7 +85,9 @@ class GlobalOperator:
         shard, failure = capture(build_shard)
         self._shard = shard
         self._buffer = torch.zeros(
-            self.parameters.numel + Coordinator.WIDTH, dtype=self.parameters.dtype, device=self.parameters.device
+            self.parameters.numel + Coordinator.WIDTH,
+            dtype=self.parameters.dtype,
+            device=self.parameters.device,
         )
         self._sum_over_ranks(shard, failure)
 
@@ -157,12 +159,14 @@ class GlobalOperator:
     def __enter__(self) -> GlobalOperator:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def _multiply(self, v: Tensor, out: Tensor) -> None:
         if self._shard is None:
-            raise RuntimeError("the operator is closed: its graphs have been freed")
+            raise StaleGraphError("the operator is closed: its graphs have been freed")
         self.parameters.check_vector(v)
         self._shard.product(v, out)
 
@@ -216,7 +220,12 @@ class Shifted:
 
     def __init__(self, operator: GlobalOperator, damping: float) -> None:
         self.operator, self.damping = operator, float(damping)
-        self.shape, self.dtype, self.device, self.space = operator.shape, operator.dtype, operator.device, operator.space
+        self.shape, self.dtype, self.device, self.space = (
+            operator.shape,
+            operator.dtype,
+            operator.device,
+            operator.space,
+        )
 
     def __matmul__(self, v: Tensor) -> Tensor:
         return self.matvec(v)
@@ -254,7 +263,12 @@ class Hessian(GlobalOperator):
     """
 
     def __init__(
-        self, objective: Objective, batches: Iterable[Any], *, comm: Communicator | None = None, **options: Any
+        self,
+        objective: Objective,
+        batches: Iterable[Any],
+        *,
+        comm: Communicator | None = None,
+        **options: Any,
     ) -> None:
         super().__init__(objective, batches, comm=comm, build=HessianGraph, **options)
 
@@ -266,7 +280,12 @@ class GaussNewton(GlobalOperator):
     """
 
     def __init__(
-        self, objective: Objective, batches: Iterable[Any], *, comm: Communicator | None = None, **options: Any
+        self,
+        objective: Objective,
+        batches: Iterable[Any],
+        *,
+        comm: Communicator | None = None,
+        **options: Any,
     ) -> None:
         super().__init__(objective, batches, comm=comm, build=GaussNewtonGraph, **options)
 

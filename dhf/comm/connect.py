@@ -151,7 +151,9 @@ def _from_slurm(environment: Mapping[str, str]) -> Launch:
         size,
         int(environment.get("SLURM_LOCALID", "0")),
         # "2(x3),1" lists tasks per node; this node's entry is found by its position
-        _tasks_on_node(environment.get("SLURM_STEP_TASKS_PER_NODE", str(size)), int(environment.get("SLURM_NODEID", "0"))),
+        _tasks_on_node(
+            environment.get("SLURM_STEP_TASKS_PER_NODE", str(size)), int(environment.get("SLURM_NODEID", "0"))
+        ),
         environment.get("MASTER_ADDR") or first_host(nodes),
         int(environment.get("MASTER_PORT") or 20000 + (job * 17 + step) % 20000),
         environment.get("SLURM_RESTART_COUNT", "0"),
@@ -235,4 +237,6 @@ def _check_resolves(host: str) -> None:
     try:
         socket.getaddrinfo(host, None)
     except OSError:
-        raise UsageError(f"host {host!r} of rank 0 does not resolve; set MASTER_ADDR to an address every rank reaches") from None
+        raise UsageError(
+            f"host {host!r} of rank 0 does not resolve; set MASTER_ADDR to an address every rank reaches"
+        ) from None

@@ -57,7 +57,9 @@ class TorchDistributed:
             self.rank, self.size = dist.get_rank(), dist.get_world_size()
             self._control = dist.new_group(backend="gloo", timeout=self._timeout)
             self._data = (
-                self._control if backend == "gloo" else dist.new_group(backend=backend, timeout=self._timeout, device_id=device)
+                self._control
+                if backend == "gloo"
+                else dist.new_group(backend=backend, timeout=self._timeout, device_id=device)
             )
         TorchDistributed._open += 1
         self._closed = False

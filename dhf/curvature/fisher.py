@@ -48,7 +48,8 @@ class FisherGraph:
             )
         self._graph = GaussNewtonGraph(objective, parameters, batch)
         self.rows, self.loss, self.gradient = self._graph.rows, self._graph.loss, self._graph.gradient
-        self._loss, self._targets = known, batch[1] if isinstance(batch, (tuple, list)) and len(batch) > 1 else None
+        self._loss = known
+        self._targets: Any = batch[1] if isinstance(batch, (tuple, list)) and len(batch) > 1 else None
         self._count = objective.count(batch)
         self._samples, self._seed = samples, seed
 
@@ -57,7 +58,9 @@ class FisherGraph:
         z = self._graph.outputs.detach()
         draws = self._loss.draws(z)
         if draws is None:
-            raise UsageError("this loss has no predictive distribution to sample labels from; use the Gauss-Newton matrix")
+            raise UsageError(
+                "this loss has no predictive distribution to sample labels from; use the Gauss-Newton matrix"
+            )
         numbers = _uniforms(self._seed, first_row, self.rows, draws * self._samples).to(z.device)
         cs = [self._loss.sampled_gradients(z, self._targets, u) for u in numbers.chunk(self._samples, dim=1)]
         scale = 1.0 / (self._samples * self._count)

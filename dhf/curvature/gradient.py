@@ -23,7 +23,7 @@ class GradientGraph:
         objective.check(outputs, batch)
         loss = scalar_loss(objective, outputs, batch)
         self.rows = outputs.shape[0] if outputs.dim() else 0
-        self.gradient = torch.autograd.grad(loss, parameters.tensors, materialize_grads=True)
+        self.gradient: Sequence[Tensor] = torch.autograd.grad(loss, parameters.tensors, materialize_grads=True)
         self.loss = loss.detach()
 
     def begin(self, first_row: int) -> None:
@@ -39,7 +39,11 @@ def scalar_loss(objective: Objective, outputs: Tensor, batch: Any) -> Tensor:
     loss = objective.loss(outputs, batch)
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise UsageError(f"the loss must be one number, the mean over the batch's samples, but it has {found}; use loss.mean()")
+        raise UsageError(
+            f"the loss must be one number, the mean over the batch's samples, but it has {found}; use loss.mean()"
+        )
     if not loss.requires_grad:
-        raise UsageError("the loss does not depend on any trainable parameter; check for detach(), .item() or no_grad()")
+        raise UsageError(
+            "the loss does not depend on any trainable parameter; check for detach(), .item() or no_grad()"
+        )
     return loss.reshape(())

@@ -170,7 +170,15 @@ class _State:
         iterates = keep.upto(last.number, Iterate(last.number, x, last.model))
         direction = self._taken if reason is Reason.NEGATIVE_CURVATURE else None
         return Solution(
-            x, reason, last.number, last.residual_norm, true_norm, last.model, self.history, iterates, direction
+            x,
+            reason,
+            last.number,
+            last.residual_norm,
+            true_norm,
+            last.model,
+            self.history,
+            iterates,
+            direction,
         )
 
     def _turn(self, rho: float, z: Tensor) -> None:

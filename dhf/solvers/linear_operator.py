@@ -11,7 +11,7 @@ from torch import Tensor
 from dhf.reason import Reason
 from dhf.vector_space import Replicated, VectorSpace
 
-__all__ = ["Agreement", "AgreeingOperator", "as_operator", "check_system"]
+__all__ = ["AgreeingOperator", "Agreement", "as_operator", "check_system"]
 
 
 class Agreement(Protocol):

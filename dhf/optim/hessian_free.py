@@ -1,0 +1,434 @@
+"""HessianFree: a torch optimizer whose step is a damped Newton or Gauss-Newton solve by conjugate gradients.
+
+One step, at parameters θ:
+
+    1. gradient g and curvature B on graphs built once           (one pass over the data)
+    2. (B + λI) d = -g by CG, warm-started                        (one product and one collective per iteration)
+    3. the graphs are freed; only then do parameters move
+    4. d among CG's iterates, then a step length s, by the objective itself
+    5. λ from the reduction ratio (f(θ + d) - f(θ)) / (gᵀd + ½dᵀBd)
+
+Every number that decides anything is a sum over ranks, or rank 0's, so that all ranks take the same step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dhf.comm import Communicator, Serial
+from dhf.coordinator import Coordinator, capture
+from dhf.curvature import FisherGraph, GaussNewtonGraph, GradientGraph, HessianGraph
+from dhf.curvature.shard import BuildGraph
+from dhf.errors import ReplicasDivergedError, UsageError
+from dhf.evaluation import evaluate, micro_batch_seeds, moving_buffers, stream_seed
+from dhf.objective import Objective, rows, select
+from dhf.operator import GlobalOperator
+from dhf.optim.damping import LevenbergMarquardt, reduction_ratio, rounding
+from dhf.optim.line_search import armijo, backtrack
+from dhf.optim.report import StepReport
+from dhf.parameters import Parameters
+from dhf.preconditioners import jacobi
+from dhf.reason import Reason
+from dhf.solvers import Iterate, Solution, cg
+
+__all__ = ["CURVATURES", "PRECONDITIONERS", "SOLVERS", "HessianFree"]
+
+CURVATURES = ("ggn", "hessian", "fisher")
+PRECONDITIONERS = ("auto", "none", "jacobi")
+SOLVERS = ("cg",)
+
+Precondition = Callable[[Tensor], Tensor]
+MakePreconditioner = Callable[[GlobalOperator, float], Precondition]
+
+_NOT_TAKEN = (Reason.INTERRUPTED, Reason.TIME_LIMIT)
+
+# replicas of a solve that differ by more than this did not merely round differently
+_ROUNDING_APART = 1e-3
+
+
+class HessianFree(torch.optim.Optimizer):
+    """Distributed Hessian-free optimisation (truncated Newton, Gauss-Newton or natural gradient by CG).
+
+    Args:
+        objective: What is minimised; its module's trainable parameters are what moves.
+        comm: How ranks talk; one process by default.
+        curvature: ``"ggn"`` (generalised Gauss-Newton), ``"hessian"`` or ``"fisher"`` (sampled labels).
+        preconditioner: ``"none"``, ``"jacobi"``, or a function of (operator, damping) that returns ``r -> z``. ``"auto"`` is
+            ``"none"``: a diagonal has not paid for itself on the problems measured.
+        solver: ``"cg"``.
+        damping: First λ of ``(B + λI) d = -g``; it adapts.
+        cg_max_iterations: Most CG iterations per step.
+        cg_rtol: Relative residual at which CG stops.
+        cg_progress_tolerance: Martens' relative-progress rule; None turns it off.
+        warm_start_decay: CG starts at this multiple of the last solution; 0 starts at zero.
+        curvature_fraction: Share of the samples that curvature is taken on, in (0, 1]; which samples depends on the seed,
+            the step and the samples' order over ranks, not on how many ranks there are.
+        seed: Names the random streams (dropout masks, sampled labels, sub-samples, probes); the same on all ranks.
+        coordinator: How ranks agree; made from ``comm`` by default.
+
+    Raises:
+        UsageError: If an argument or the module cannot be used.
+
+    Example:
+        >>> import torch
+        >>> torch.manual_seed(0)  # doctest: +ELLIPSIS
+        <torch...>
+        >>> x = torch.randn(20, 3, dtype=torch.float64)
+        >>> objective = Objective(torch.nn.Linear(3, 1).double(), torch.nn.MSELoss())
+        >>> optimizer = HessianFree(objective, damping=1e-6)
+        >>> report = optimizer.step([(x, x.sum(1, keepdim=True) + 1)])
+        >>> report.reason.name, report.loss_after < 1e-9
+        ('STEP_ACCEPTED', True)
+
+    Source: Martens (2010), "Deep learning via Hessian-free optimization"; Martens & Sutskever (2012). Deviations: the reduction
+    ratio is of the undamped model, as in Levenberg-Marquardt; backtracking looks at iterates from the last one down.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        *,
+        comm: Communicator | None = None,
+        curvature: str = "ggn",
+        preconditioner: str | MakePreconditioner = "auto",
+        solver: str = "cg",
+        damping: float = 1.0,
+        cg_max_iterations: int = 250,
+        cg_rtol: float = 1e-8,
+        cg_progress_tolerance: float | None = 5e-4,
+        warm_start_decay: float = 0.95,
+        curvature_fraction: float = 1.0,
+        seed: int = 0,
+        coordinator: Coordinator | None = None,
+    ) -> None:
+        _check_choice("curvature", curvature, CURVATURES)
+        _check_choice("solver", solver, SOLVERS)
+        if not callable(preconditioner):
+            _check_choice("preconditioner", preconditioner, PRECONDITIONERS)
+        if not 0 < curvature_fraction <= 1:
+            raise UsageError(f"curvature_fraction must be in (0, 1], got {curvature_fraction}")
+        if not 0 <= warm_start_decay <= 1:
+            raise UsageError(f"warm_start_decay must be in [0, 1], got {warm_start_decay}")
+        if cg_max_iterations < 1:
+            raise UsageError(f"cg_max_iterations must be at least 1, got {cg_max_iterations}")
+        if not damping > 0:
+            raise UsageError(f"damping must be positive, got {damping}")
+        self.objective = objective
+        self.parameters = Parameters(objective.module)
+        comm = comm if comm is not None else coordinator.comm if coordinator else Serial(self.parameters.device)
+        self.comm = comm
+        self.coordinator = coordinator or Coordinator(comm)
+        self.curvature, self.preconditioner = curvature, preconditioner
+        self._solve_options: dict[str, Any] = {
+            "max_iterations": cg_max_iterations,
+            "rtol": cg_rtol,
+            "progress_tolerance": cg_progress_tolerance,
+            "snapshot_ratio": 1.3,
+        }
+        self._damping = LevenbergMarquardt(damping)
+        self._decay, self._fraction, self._seed = warm_start_decay, curvature_fraction, seed
+        self._steps = 0
+        self._last: Tensor | None = None
+        self._eps = torch.finfo(self.parameters.dtype).eps
+        super().__init__(self.parameters.tensors, {})
+
+    @property
+    def damping(self) -> float:
+        """The λ of the next step."""
+        return self._damping.damping
+
+    def step(self, batches: Iterable[Any]) -> StepReport:  # type: ignore[override]
+        """Take one step on this rank's micro-batches; every rank calls it together.
+
+        A step that finds no decrease leaves the parameters as they were, raises the damping, and reports NO_DECREASE. A step
+        during which the coordinator learns of a stop signal or the time limit is not taken: nothing has changed then.
+
+        Args:
+            batches: This rank's micro-batches, each what ``objective.outputs`` takes; none for an empty shard.
+
+        Raises:
+            UsageError, NonFiniteError, RankError, ReplicasDivergedError, CommunicationError: On every rank alike; the
+                parameters are then as they were.
+        """
+        began = time.perf_counter()
+        shard, failure = capture(lambda: list(batches))
+        self.coordinator.reduce([], failure=failure)
+        assert shard is not None
+        buffers = moving_buffers(self.objective.module)
+        kept = [b.clone() for b in buffers]
+        try:
+            report = self._step_on(shard)
+        except BaseException:
+            _restore(buffers, kept)
+            raise
+        if report.reason in _NOT_TAKEN:
+            _restore(buffers, kept)
+        else:
+            self._steps += 1
+        return dataclasses.replace(report, seconds=time.perf_counter() - began)
+
+    def _step_on(self, shard: Sequence[Any]) -> StepReport:
+        work = _Step(self, shard, stream_seed(self._seed, self._steps))
+        solve, products = work.solve()
+        if solve is None:
+            return work.report(Reason.GRADIENT_ZERO, None, 0.0, work.loss, math.nan, products)
+        if solve.reason in _NOT_TAKEN:
+            # a resumed run takes this step again, and so goes the way of a run that was never stopped
+            return work.report(solve.reason, solve, 0.0, work.loss, math.nan, products)
+        return self._move(work, solve, products)
+
+    def _move(self, work: _Step, solve: Solution, products: int) -> StepReport:
+        damping = self.damping
+        trial = _Trial(work, damping)
+        chosen, f1, length, f = trial.search(_descents(solve))
+        ratio = reduction_ratio(work.loss, f1, chosen.predicted, self._eps)
+        report = work.report(
+            Reason.STEP_ACCEPTED if length else Reason.NO_DECREASE,
+            solve,
+            length,
+            f,
+            ratio,
+            products,
+            trial.evaluations,
+        )
+        if length:
+            self._damping.update(ratio)
+            self._last = chosen.x
+        else:
+            self._damping.fail()
+            self._last = None
+        if solve.reason is Reason.NEGATIVE_CURVATURE and length:
+            self._damping.update(0.0)
+        return report
+
+    def make_preconditioner(self, operator: GlobalOperator) -> Precondition | None:
+        """This step's preconditioner for ``operator + damping·I``."""
+        if callable(self.preconditioner):
+            return self.preconditioner(operator, self.damping)
+        if self.preconditioner == "jacobi":
+            return jacobi(operator, self.damping, seed=stream_seed(self._seed, self._steps, 1))
+        return None
+
+    def warm_start(self) -> Tensor | None:
+        """Where this step's CG starts."""
+        return None if self._last is None or not self._decay else self._last * self._decay
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a resumed run needs to go on exactly: damping, warm start and step number."""
+        first = self.parameters.tensors[0]
+        self.state[first] = {"damping": self.damping, "steps": self._steps, "last": self._last}
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the state of :meth:`state_dict`.
+
+        Raises:
+            UsageError: If it belongs to another number of parameters.
+        """
+        super().load_state_dict(state_dict)
+        state = self.state[self.parameters.tensors[0]]
+        last = state["last"]
+        if last is not None and last.numel() != self.parameters.numel:
+            raise UsageError(f"the state has a direction of {last.numel()} numbers, the module {self.parameters.numel}")
+        self._damping.damping, self._steps = float(state["damping"]), int(state["steps"])
+        self._last = None if last is None else last.clone()
+
+
+class _Step:
+    """The part of a step that needs graphs: gradient, curvature and solve at one θ, on one set of samples."""
+
+    def __init__(self, optimizer: HessianFree, shard: Sequence[Any], seed: int) -> None:
+        self.optimizer, self.shard, self.seed = optimizer, shard, seed
+        self.objective, self.parameters = optimizer.objective, optimizer.parameters
+        self.coordinator = optimizer.coordinator
+        self.theta = self.parameters.read()
+
+    def solve(self) -> tuple[Solution | None, int]:
+        """The solve, or None at a stationary point, and the products it took; no graph is alive when it returns."""
+        optimizer = self.optimizer
+        full = optimizer._fraction == 1.0
+        with self._operator(self._graph() if full else GradientGraph, self.shard, move_buffers=True) as at:
+            self.loss, self.gradient, self.count = at.loss, at.gradient, at.count
+            self.gradient_norm = math.sqrt(at.space.dots([(at.gradient, at.gradient)])[0])
+            _average_buffers(optimizer, at)
+            if self.gradient_norm == 0:
+                return None, 0
+            if full:
+                return self._solve_on(at)
+            chosen = _subsample(self.shard, at.rows, optimizer.comm.rank, optimizer._fraction, self.seed)
+        with self._operator(self._graph(), chosen) as curvature:
+            return self._solve_on(curvature)
+
+    def report(
+        self,
+        reason: Reason,
+        solve: Solution | None,
+        length: float,
+        loss_after: float,
+        ratio: float,
+        products: int,
+        evaluations: int = 0,
+    ) -> StepReport:
+        return StepReport(
+            reason,
+            self.loss,
+            loss_after,
+            self.gradient_norm,
+            length,
+            self.optimizer.damping,
+            ratio,
+            solve,
+            products,
+            evaluations,
+            0.0,
+        )
+
+    def _solve_on(self, operator: GlobalOperator) -> tuple[Solution, int]:
+        optimizer = self.optimizer
+        solution = cg(
+            operator.shifted(optimizer.damping),
+            -self.gradient,
+            x0=optimizer.warm_start(),
+            preconditioner=optimizer.make_preconditioner(operator),
+            **optimizer._solve_options,
+        )
+        return solution, operator.products
+
+    def _operator(self, build: BuildGraph, shard: Sequence[Any], *, move_buffers: bool = False) -> GlobalOperator:
+        return GlobalOperator(
+            self.objective,
+            shard,
+            build=build,
+            seed=self.seed,
+            coordinator=self.coordinator,
+            move_buffers=move_buffers,
+        )
+
+    def _graph(self) -> BuildGraph:
+        if self.optimizer.curvature == "fisher":
+            return functools.partial(FisherGraph, seed=self.seed)
+        return GaussNewtonGraph if self.optimizer.curvature == "ggn" else HessianGraph
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Descent:
+    """A direction with rank 0's numbers: ``gᵀd``, and the undamped model's prediction ``gᵀd + ½dᵀBd``."""
+
+    x: Tensor
+    slope: float
+    predicted: float
+
+
+class _Trial:
+    """Objective values around one θ, the same on every rank; parameters are left where the search ended."""
+
+    def __init__(self, step: _Step, damping: float) -> None:
+        self._step, self._lambda = step, damping
+        comm = step.coordinator.comm
+        self._seeds = micro_batch_seeds(step.seed, comm.rank, len(step.shard))
+        self.evaluations = 0
+
+    def search(self, iterates: Sequence[Iterate]) -> tuple[_Descent, float, float, float]:
+        """The direction chosen, f at step length 1, the step length (0 if none serves), and f there."""
+        step = self._step
+        tolerance = rounding(step.loss, step.optimizer._eps)
+        descents: dict[int, _Descent] = {}
+
+        def at_iterate(i: int) -> float:
+            descents[i] = self._agree_on(iterates[i])
+            return self._value(descents[i].x, 1.0)
+
+        try:
+            best, f1 = backtrack(len(iterates), at_iterate)
+            d = descents[best]
+            length, f = 0.0, step.loss
+            if d.slope < 0:
+                length, f = armijo(lambda s: self._value(d.x, s), step.loss, d.slope, f1=f1, tolerance=tolerance)
+        except BaseException:
+            step.parameters.write(step.theta)
+            raise
+        step.parameters.write(step.theta if not length else torch.add(step.theta, d.x, alpha=length))
+        return d, f1, length, f
+
+    def _agree_on(self, iterate: Iterate) -> _Descent:
+        """Give every rank rank 0's direction and numbers."""
+        step = self._step
+        x = iterate.x
+        gx, xx = (float(d) for d in (torch.dot(step.gradient.double(), x.double()), x.double().square().sum()))
+        # CG's model is ½dᵀ(B+λI)d + gᵀd; nan where the direction is not an iterate
+        predicted = iterate.model - 0.5 * self._lambda * xx
+        (slope, predicted), apart = step.coordinator.synchronise(x, [gx, predicted])
+        if not apart <= _ROUNDING_APART:
+            raise ReplicasDivergedError(
+                f"the ranks' solutions of one solve differ by {apart:.1e} relative; on like hardware they are equal: look for "
+                "a rank with other code, data-dependent preconditioning, or faulty memory"
+            )
+        return _Descent(x, slope, predicted)
+
+    def _value(self, d: Tensor, length: float) -> float:
+        step = self._step
+        trial = torch.add(step.theta, d, alpha=length)
+        step.parameters.write(trial)
+        sums, failure = capture(lambda: evaluate(step.objective, step.parameters.device, step.shard, self._seeds))
+        decay = 0.0
+        if step.coordinator.comm.rank == 0 and step.objective.weight_decay:
+            decay = 0.5 * step.objective.weight_decay * float(trial.double().square().sum())
+        loss_sum, weight = sums or (0.0, 0.0)
+        loss_sum, weight, decay = step.coordinator.reduce([loss_sum, weight, decay], failure=failure)
+        self.evaluations += 1
+        return loss_sum / weight + decay
+
+
+def _descents(solve: Solution) -> Sequence[Iterate]:
+    """The iterates to search; where the first direction already had non-positive curvature, that direction."""
+    if solve.iterations == 0 and solve.direction is not None and not solve.x.any():
+        return [Iterate(0, solve.direction, math.nan)]
+    return solve.iterates
+
+
+def _subsample(shard: Sequence[Any], sizes: Sequence[int], rank: int, fraction: float, seed: int) -> list[Any]:
+    """This rank's part of a sub-sample of all data, drawn alike on every rank from the samples' global order."""
+    total = sum(sizes)
+    generator = np.random.default_rng(seed)
+    chosen = np.sort(generator.choice(total, max(1, round(fraction * total)), replace=False))
+    first = sum(sizes[:rank])
+    picked = []
+    for batch in shard:
+        size = rows(batch)
+        inside = chosen[(chosen >= first) & (chosen < first + size)] - first
+        if len(inside):
+            picked.append(select(batch, torch.from_numpy(inside)))
+        first += size
+    return picked
+
+
+def _average_buffers(optimizer: HessianFree, at: GlobalOperator) -> None:
+    """Give all ranks the sample-weighted mean of the running statistics that this step's forward pass has moved."""
+    comm = optimizer.comm
+    buffers = moving_buffers(optimizer.objective.module)
+    if comm.size == 1 or not buffers:
+        return
+    weight = at.rows[comm.rank] / sum(at.rows)
+    flat = torch.cat([b.detach().double().reshape(-1) * weight for b in buffers])
+    comm.all_reduce(flat)
+    for buffer, mean in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
+        buffer.data.copy_(mean.view_as(buffer).round() if not buffer.is_floating_point() else mean.view_as(buffer))
+
+
+def _restore(buffers: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    for buffer, value in zip(buffers, values, strict=True):
+        buffer.data.copy_(value)
+
+
+def _check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise UsageError(f"{name} {value!r} is unknown; choose from {', '.join(choices)}")

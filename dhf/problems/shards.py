@@ -1,0 +1,132 @@
+"""Shard: this rank's samples of each step, as micro-batches; nothing is padded, repeated or left out.
+
+The samples of a step have one order, the same whatever the number of ranks; rank r takes the r-th of ``size``
+contiguous parts of it. Which samples a step takes depends on the seed and the step alone, so a resumed run goes on with
+the right ones, also with another number of ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, TensorDataset, default_collate
+
+from dhf.errors import UsageError
+
+__all__ = ["Shard"]
+
+
+class Shard:
+    """The micro-batches of one rank.
+
+    Args:
+        data: A map-style dataset, or a tuple of tensors with one leading dimension.
+        rank: This rank.
+        size: Number of ranks.
+        device: Where batches go.
+        dtype: What their floating-point tensors become.
+        batch_size: Samples per step over all ranks; None for all of them. The last batch of an epoch may be smaller.
+        micro_batch_size: Most samples in a micro-batch; None for one micro-batch per rank and step.
+        seed: Names the order of the epochs.
+
+    Raises:
+        UsageError: If the data have no length, are empty, or a size is out of range.
+    """
+
+    def __init__(
+        self,
+        data: Dataset[Any] | Sequence[Tensor],
+        rank: int,
+        size: int,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        batch_size: int | None = None,
+        micro_batch_size: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        self._data = _as_dataset(data)
+        self.samples = len(self._data)  # type: ignore[arg-type]
+        if self.samples == 0:
+            raise UsageError("the data set is empty")
+        for name, value in (("batch-size", batch_size), ("micro-batch-size", micro_batch_size)):
+            if value is not None and value < 1:
+                raise UsageError(f"--{name} must be at least 1, got {value}")
+        self._rank, self._size, self._device, self._dtype = rank, size, device, dtype
+        self._batch = self.samples if batch_size is None else min(batch_size, self.samples)
+        self._micro, self._seed = micro_batch_size, seed
+        self._whole: list[Any] | None = None
+
+    @property
+    def batch_size(self) -> int:
+        """Samples per step over all ranks."""
+        return self._batch
+
+    def sizes(self) -> list[int]:
+        """Samples per rank in a full batch."""
+        return [len(part) for part in np.array_split(np.arange(self._batch), self._size)]
+
+    def batches(self, step: int) -> list[Any]:
+        """This rank's micro-batches of a step, on its device.
+
+        Raises:
+            UsageError: If a sample holds NaN or infinity; it names the sample.
+        """
+        if self._batch < self.samples:
+            return self._fetch(self._order(step))
+        if self._whole is None:
+            self._whole = self._fetch(np.arange(self.samples))
+        return self._whole
+
+    def _order(self, step: int) -> np.ndarray:
+        per_epoch = -(-self.samples // self._batch)
+        epoch, place = divmod(step, per_epoch)
+        order = np.random.default_rng([self._seed, epoch]).permutation(self.samples)
+        return order[place * self._batch : (place + 1) * self._batch]
+
+    def _fetch(self, order: np.ndarray) -> list[Any]:
+        mine = np.array_split(order, self._size)[self._rank]
+        size = self._micro or max(1, len(mine))
+        return [self._batch_of(mine[i : i + size]) for i in range(0, len(mine), size)]
+
+    def _batch_of(self, indices: np.ndarray) -> Any:
+        if isinstance(self._data, TensorDataset):
+            batch: Any = tuple(t[torch.from_numpy(indices)] for t in self._data.tensors)
+        else:
+            batch = default_collate([self._data[int(i)] for i in indices])
+        return self._place(batch, indices)
+
+    def _place(self, part: Any, indices: np.ndarray) -> Any:
+        if isinstance(part, Tensor):
+            if not part.is_floating_point():
+                return part.to(self._device)
+            _check_finite(part, indices)
+            return part.to(self._device, self._dtype)
+        if isinstance(part, Mapping):
+            return {key: self._place(value, indices) for key, value in part.items()}
+        if isinstance(part, (tuple, list)):
+            return tuple(self._place(value, indices) for value in part)
+        return part
+
+
+def _as_dataset(data: Dataset[Any] | Sequence[Tensor]) -> Dataset[Any]:
+    if isinstance(data, (tuple, list)):
+        if not data or not all(isinstance(t, Tensor) and t.dim() and len(t) == len(data[0]) for t in data):
+            raise UsageError("data given as a tuple must be tensors with one leading dimension")
+        return TensorDataset(*data)
+    if not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
+        raise UsageError(
+            f"data must be a map-style dataset (with len() and []) or a tuple of tensors, got {type(data).__name__}"
+        )
+    return data  # type: ignore[return-value]
+
+
+def _check_finite(values: Tensor, indices: np.ndarray) -> None:
+    finite = torch.isfinite(values).flatten(1).all(1) if values.dim() > 1 else torch.isfinite(values)
+    if finite.dim() and not finite.all():
+        wrong = int((~finite).nonzero()[0])
+        raise UsageError(f"sample {int(indices[wrong])} of the data holds NaN or infinity; remove it or mend it")

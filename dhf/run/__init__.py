@@ -1,0 +1,1 @@
+"""A run on disk and on the terminal: configuration, directory, checkpoints, metrics, monitor, pictures."""

@@ -1,0 +1,38 @@
+"""Pictures of a run: its loss against time and steps, its damping, and its CG iterations."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+__all__ = ["draw_run"]
+
+
+def draw_run(metrics: Path, path: Path) -> Path:
+    """Draw one run's metrics file as a PNG of four panels; returns the picture's path."""
+    from matplotlib.figure import Figure
+
+    rows: list[dict[str, Any]] = [json.loads(line) for line in metrics.read_text().splitlines()]
+    steps = [row["step"] for row in rows]
+    elapsed: list[float] = []
+    for row in rows:
+        elapsed.append((elapsed[-1] if elapsed else 0.0) + row["seconds"])
+    figure = Figure(figsize=(10, 6.5), layout="constrained")
+    axes = figure.subplots(2, 2)
+    panels = [
+        (axes[0, 0], elapsed, "loss_after", "seconds", "loss", "log"),
+        (axes[0, 1], steps, "loss_after", "step", "loss", "log"),
+        (axes[1, 0], steps, "damping", "step", "damping", "log"),
+        (axes[1, 1], steps, "cg_iterations", "step", "CG iterations", "linear"),
+    ]
+    for axis, x, key, x_label, y_label, scale in panels:
+        y = [row[key] for row in rows]
+        axis.plot(x, y, marker="." if len(rows) < 100 else None, linewidth=1.2)
+        axis.set_xlabel(x_label)
+        axis.set_ylabel(y_label)
+        if scale == "log" and all(v is not None and v > 0 for v in y):
+            axis.set_yscale("log")
+        axis.grid(True, which="both", alpha=0.25)
+    figure.savefig(path, dpi=120)
+    return path
