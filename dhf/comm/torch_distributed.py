@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -113,7 +114,7 @@ def _named(what: str, rank: int) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, dist.DistError) as error:
-        cause = str(error).strip().splitlines()[0]
+        cause = re.sub(r"^\[\S+\]\s*|\.? This is typically caused by.*", "", str(error).strip().splitlines()[0])
         raise CommunicationError(
             f"rank {rank} lost the others in {what}: {cause}; a rank has died, or was busy for longer than the timeout"
         ) from error

@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Set up, and run the tests.
+#
+#   bash launch/test.sh [ARGUMENTS OF pytest]
+set -euo pipefail
+# shellcheck source=launch/setup.sh
+. "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+set_up plot,test || exit $?
+cd "$ROOT"
+exec "$VENV/bin/python" -m pytest "$@"
