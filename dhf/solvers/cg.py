@@ -128,7 +128,7 @@ class _State:
         self._previous, self._spare = self.x.clone(), torch.empty_like(self.x)
         z = self.precondition(self.r)
         rr, self.rho = self.A.space.dots([(self.r, self.r), (self.r, z)])
-        self.p = z.clone()
+        self.p, self._taken = z.clone(), torch.empty_like(z)
         self.residual_norm, self.curvature = math.sqrt(rr), math.nan
         self.history.append(Iteration(0, self.residual_norm, self.model, self.curvature))
         if x0 is not None and agreed.reason is not None:
@@ -137,24 +137,22 @@ class _State:
 
     def advance(self, Ap: Tensor) -> Reason | None:
         """One iteration from the product A p; a Reason if this step must not be taken or the next cannot be."""
-        pAp, pp, ApAp = self.A.space.dots([(self.p, Ap), (self.p, self.p), (Ap, Ap)])
+        pAp, p_norm, Ap_norm = self.A.space.dots([(self.p, Ap)], norms=[self.p, Ap])
         alpha = self.rho / pAp if pAp else 0.0
         torch.add(self.x, self.p, alpha=alpha, out=self._spare)
         self._previous, self.x, self._spare = self.x, self._spare, self._previous
         self.r.sub_(Ap, alpha=alpha)
         z = self.precondition(self.r)
-        rr, rho = self.A.space.dots([(self.r, self.r), (self.r, z)])
+        rr, rho = self.A.space.dots([(self.r, self.r), (self.r, z)]) if z is not self.r else self._twice(self.r)
         self.k += 1
         self.model -= 0.5 * alpha * self.rho
-        self.curvature = pAp / pp if pp else math.nan
+        self.curvature = pAp / p_norm**2 if p_norm else math.nan
         self.residual_norm = math.sqrt(rr) if rr >= 0 else math.nan
         self.history.append(Iteration(self.k, self.residual_norm, self.model, self.curvature))
-        self._taken = self.p
         if not (math.isfinite(pAp) and math.isfinite(rr)):
             return Reason.NON_FINITE
-        if pAp <= self._threshold * math.sqrt(pp * ApAp):
+        if pAp <= self._threshold * p_norm * Ap_norm:
             # the next direction is made all the same: the other parties may have judged a borderline case otherwise
-            self._taken = self.p.clone()
             self._turn(rho, z)
             return Reason.NEGATIVE_CURVATURE
         self._turn(rho, z)
@@ -181,8 +179,12 @@ class _State:
             direction,
         )
 
+    def _twice(self, r: Tensor) -> list[float]:
+        return self.A.space.dots([(r, r)]) * 2
+
     def _turn(self, rho: float, z: Tensor) -> None:
-        self.p.mul_(rho / self.rho if self.rho else 0.0).add_(z)
+        torch.add(z, self.p, alpha=rho / self.rho if self.rho else 0.0, out=self._taken)
+        self.p, self._taken = self._taken, self.p
         self.rho = rho
 
     def _refused(self, reason: Reason) -> bool:

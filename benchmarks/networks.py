@@ -1,0 +1,88 @@
+"""The networks that the benchmarks measure on: a module, one batch, and a torch loss of (outputs, targets)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Case", "autoencoder", "cases"]
+
+
+class Case(NamedTuple):
+    """One network with one batch."""
+
+    module: nn.Module
+    inputs: Tensor
+    targets: Tensor
+    loss: nn.Module
+
+
+def autoencoder(widths: tuple[int, ...], batch: int) -> Case:
+    """A sigmoid autoencoder with logits out, on random images."""
+    layers: list[nn.Module] = []
+    for fan_in, fan_out in zip(widths[:-1], widths[1:], strict=True):
+        layers += [nn.Linear(fan_in, fan_out), nn.Sigmoid()]
+    images = torch.rand(batch, widths[0])
+    return Case(nn.Sequential(*layers[:-1]), images, images, nn.BCEWithLogitsLoss())
+
+
+def convolutional() -> Case:
+    """Three tanh convolutions and a linear layer on 32x32 images, batch 64."""
+    module = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1),
+        nn.Tanh(),
+        nn.Conv2d(16, 32, 3, stride=2, padding=1),
+        nn.Tanh(),
+        nn.Conv2d(32, 32, 3, stride=2, padding=1),
+        nn.Tanh(),
+        nn.Flatten(),
+        nn.Linear(32 * 64, 10),
+    )
+    return Case(module, torch.randn(64, 3, 32, 32), torch.randint(0, 10, (64,)), nn.CrossEntropyLoss())
+
+
+class _LastToken(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(128, 4, 256, dropout=0.0, batch_first=True, activation="gelu")
+        self.encoder, self.head = nn.TransformerEncoder(layer, 2), nn.Linear(128, 50)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.encoder(x)[:, -1])
+
+
+def transformer() -> Case:
+    """Two encoder layers of width 128 on 32 sequences of 64 tokens."""
+    return Case(_LastToken(), torch.randn(32, 64, 128), torch.randint(0, 50, (32,)), nn.CrossEntropyLoss())
+
+
+class _Laplacian(nn.Module):
+    """Residual of Poisson's equation, its second derivatives taken by autograd."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = nn.Sequential(nn.Linear(2, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.detach().requires_grad_(True)
+        (slope,) = torch.autograd.grad(self.network(x).sum(), x, create_graph=True)
+        second = [torch.autograd.grad(slope[:, i].sum(), x, create_graph=True)[0][:, i] for i in range(2)]
+        return (second[0] + second[1]).unsqueeze(1)
+
+
+def pinn() -> Case:
+    """A physics-informed tanh network at 1,024 points."""
+    return Case(_Laplacian(), torch.rand(1024, 2), torch.zeros(1024, 1), nn.MSELoss())
+
+
+def cases() -> dict[str, Callable[[], Case]]:
+    """Every network by name."""
+    return {
+        "deep autoencoder": lambda: autoencoder((784, 400, 200, 100, 50, 25, 6, 25, 50, 100, 200, 400, 784), 512),
+        "CNN": convolutional,
+        "transformer": transformer,
+        "PINN": pinn,
+    }
