@@ -190,7 +190,7 @@ class CrossEntropy:
         kept = targets != self._ignore
         if self._weight is None:
             return kept.to(outputs.dtype).unsqueeze(1)
-        return (self._weight.to(outputs)[targets.clamp(min=0)] * kept).unsqueeze(1)
+        return (self._weight.to(outputs)[targets.where(kept, 0)] * kept).unsqueeze(1)
 
 
 class _TorchLoss(_RowLoss):
@@ -204,6 +204,11 @@ class _TorchLoss(_RowLoss):
 
     def check(self, outputs: Tensor, targets: Tensor) -> None:
         """Nothing is known of what this loss accepts."""
+
+    def count(self, targets: Tensor) -> float:
+        if isinstance(self._loss, torch.nn.NLLLoss):  # averages over what it does not ignore
+            return int((targets != self._loss.ignore_index).sum())
+        return super().count(targets)
 
     def hessian(self, outputs: Tensor, targets: Tensor) -> None:
         return None

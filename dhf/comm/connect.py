@@ -162,11 +162,10 @@ def _from_slurm(environment: Mapping[str, str]) -> Launch:
 
 def first_host(nodes: str) -> str:
     """The first host of a SLURM node list: ``"gpu[03-05,9],cpu1"`` gives ``"gpu03"``."""
-    match = re.match(r"([^,\[]+)(?:\[(\d+))?([^,\[\]-]*)?", nodes)
-    if match is None:
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)
+    if first is None:
         raise UsageError(f"cannot read the SLURM node list {nodes!r}; set MASTER_ADDR to the host of rank 0")
-    suffix = re.match(r"[^\[]*\[[^\]]*\]([^,\[]*)", nodes)
-    return match[1] + (match[2] + (suffix[1] if suffix else "") if match[2] else "")
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first[0])
 
 
 def _tasks_on_node(layout: str, node: int) -> int:
@@ -224,6 +223,8 @@ def _store(launch: Launch, timeout: float) -> dist.Store:
                 _check_resolves(launch.address)
                 store = dist.TCPStore(launch.address, launch.port, launch.size, launch.rank == 0, limit)
             _stores[key] = store
+    except UsageError:
+        raise
     except (RuntimeError, ValueError) as error:
         raise CommunicationError(
             f"rank {launch.rank} of {launch.size} did not reach the others at {launch.address}:{launch.port} within "

@@ -100,6 +100,7 @@ class TorchDistributed:
             return
         for group in {self._control, self._data}:
             dist.destroy_process_group(group)
+        del self._control, self._data  # the sockets go with the last reference
         if TorchDistributed._owns_default and TorchDistributed._open == 0:
             dist.destroy_process_group()
             TorchDistributed._owns_default = False

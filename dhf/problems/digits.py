@@ -124,7 +124,7 @@ def _draw(originals: Tensor, reconstructions: Tensor, path: Path) -> Path:
         block, column = divmod(i, half)
         for offset, images in enumerate((originals, reconstructions)):
             axis = axes[2 * block + offset, column]
-            axis.imshow(images[i].detach().cpu().double().view(8, 8), cmap="gray_r", vmin=0, vmax=1)
+            axis.imshow(images[i].detach().cpu().view(8, 8).numpy(), cmap="gray_r", vmin=0, vmax=1)
             axis.set_xticks([])
             axis.set_yticks([])
             if column == 0:

@@ -1,0 +1,80 @@
+"""Flags, files and what is refused."""
+
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from dhf.errors import UsageError
+from dhf.run.config import Config, parse, to_yaml
+
+
+def test_flags_override_the_file_and_the_file_the_defaults(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("steps: 5\ndamping: 3.0\noptions: {width: 7, name: tanh}\n")
+    config = parse(["--config", str(file), "--damping", "4", "--options.depth", "2", "--options.rate", "1e-3"])
+    assert (config.steps, config.damping, config.seed) == (5, 4.0, 0)
+    assert config.options == {"width": 7, "name": "tanh", "depth": 2, "rate": 1e-3}
+
+
+def test_the_written_configuration_reads_back_as_itself(tmp_path):
+    config = parse(["--steps", "3", "--options.width", "5", "--target-loss", "1e-9", "--deterministic"])
+    file = tmp_path / "config.yaml"
+    file.write_text(to_yaml(config))
+    assert parse(["--config", str(file)]) == config
+
+
+def test_print_config_is_the_resolved_configuration(capsys):
+    with pytest.raises(SystemExit) as end:
+        parse(["--steps", "9", "--print-config"])
+    assert end.value.code == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed.pop("steps") == 9
+    defaults = dataclasses.asdict(Config())
+    del defaults["steps"]
+    assert printed == defaults
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--stesp", "3"], "unknown setting --stesp; did you mean --steps?"),
+        (["--stesp=3"], "unknown setting --stesp; did you mean --steps?"),
+        (["--xyzzy"], "unknown setting --xyzzy; --help lists the settings"),
+        (["--steps", "many"], "--steps: Expected a <class 'int'>"),
+        (["--device", "gpu"], "--device: Expected a"),
+        (["--config", "absent.yaml"], "File does not exist"),
+        (["--damping", "0"], "--damping must be positive"),
+        (["--steps", "-1"], "--steps must not be negative"),
+        (["--curvature-fraction", "2"], "--curvature-fraction must be in"),
+        (["--overwrite", "--resume", "auto"], "give one of them"),
+        (["--error-if-not-converged"], "needs a --target-loss"),
+        (["--target-loss", ".nan"], "--target-loss must be finite"),
+    ],
+)
+def test_bad_settings_are_refused_in_one_line(arguments, text):
+    with pytest.raises(UsageError) as error:
+        parse(arguments)
+    assert text in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_an_unknown_key_in_a_file_is_refused(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("dampin: 3.0\n")
+    with pytest.raises(UsageError, match="unknown setting dampin; did you mean damping"):
+        parse(["--config", str(file)])
+
+
+def test_help_imports_no_torch():
+    code = (
+        "import sys\nfrom dhf.train import main\n"
+        "try:\n    main(['--help'])\nexcept SystemExit as end:\n    assert end.code == 0\n"
+        "assert 'torch' not in sys.modules and 'numpy' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "--time-budget" in done.stdout
+    assert "torchrun --nproc_per_node=4 -m dhf.train" in done.stdout
