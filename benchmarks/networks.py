@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from dhf.problems.digits import sparse_initialisation
 
 __all__ = ["Case", "autoencoder", "cases"]
 
@@ -21,12 +24,14 @@ class Case(NamedTuple):
 
 
 def autoencoder(widths: tuple[int, ...], batch: int) -> Case:
-    """A sigmoid autoencoder with logits out, on random images."""
+    """A sigmoid autoencoder with logits out, from Martens' sparse start, on random images."""
     layers: list[nn.Module] = []
-    for fan_in, fan_out in zip(widths[:-1], widths[1:], strict=True):
+    for fan_in, fan_out in itertools.pairwise(widths):
         layers += [nn.Linear(fan_in, fan_out), nn.Sigmoid()]
+    module = nn.Sequential(*layers[:-1])
+    sparse_initialisation(module, 15)
     images = torch.rand(batch, widths[0])
-    return Case(nn.Sequential(*layers[:-1]), images, images, nn.BCEWithLogitsLoss())
+    return Case(module, images, images, nn.BCEWithLogitsLoss())
 
 
 def convolutional() -> Case:

@@ -35,7 +35,9 @@ def network(case: Case, device: torch.device) -> tuple[Callable[[], Tensor], Seq
     return lambda: case.loss(module(inputs), targets), tuple(module.parameters())
 
 
-def compare(function: Callable[[], Tensor], tensors: Sequence[Tensor], rounds: int, device: torch.device) -> dict[str, list[float]]:
+def compare(
+    function: Callable[[], Tensor], tensors: Sequence[Tensor], rounds: int, device: torch.device
+) -> dict[str, list[float]]:
     """Seconds for five products, rebuilt and reused, round by round."""
     vs = [[torch.randn_like(t) for t in tensors] for _ in range(PRODUCTS)]
 
@@ -68,7 +70,9 @@ def main() -> None:
     subjects = {f"toy, {n:,} elements": (lambda n=n: toy(n, device)) for n in (10_000, 1_000_000, 10_000_000)}
     subjects |= {name: (lambda make=make: network(make(), device)) for name, make in cases().items()}
     raw = {}
-    print(f"{PRODUCTS} products, {device.type}, {arguments.threads} thread(s): time with one build / with {PRODUCTS} builds")
+    print(
+        f"{PRODUCTS} products, {device.type}, {arguments.threads} thread(s): time with one build / with {PRODUCTS} builds"
+    )
     for name, make in subjects.items():
         function, tensors = make()
         with sdpa_kernel(SDPBackend.MATH) if name == "transformer" else contextlib.nullcontext():

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -12,29 +10,39 @@ from torch import Tensor
 __all__ = ["Replicated", "VectorSpace"]
 
 
+_BLOCK = 1 << 17  # two float64 blocks of this many numbers stay in a core's cache
+
+
 class VectorSpace(Protocol):
     """The seam through which solvers take inner products."""
 
-    def dots(self, pairs: Sequence[tuple[Tensor, Tensor]], norms: Sequence[Tensor] = ()) -> list[float]:
-        """``x·y`` for each pair, then ``‖x‖`` for each of ``norms``, together: a device or a network is waited for once.
-
-        The inner products are accumulated in float64. The norms are as precise as the vectors, which serves thresholds
-        and costs a fifth.
-        """
+    def dots(self, *pairs: tuple[Tensor, Tensor]) -> list[float]:
+        """``x·y`` for each pair, accumulated in float64; taken together, so that a device or a network is waited for once."""
 
 
 class Replicated:
     """Vectors of which every rank holds the whole: inner products need no communication."""
 
-    def dots(self, pairs: Sequence[tuple[Tensor, Tensor]], norms: Sequence[Tensor] = ()) -> list[float]:
-        """``x·y`` for each pair of shape (n,), summed in float64, then ``‖x‖`` for each of ``norms``."""
-        wide: dict[int, Tensor] = {}
-        for x in (x for pair in pairs for x in pair):
-            if id(x) not in wide:
-                wide[id(x)] = x.double()
-        numbers = [torch.dot(wide[id(x)], wide[id(y)]) for x, y in pairs]
-        found = torch.stack([*numbers, *(torch.linalg.vector_norm(x).double() for x in norms)]).tolist()
-        for i, x in enumerate(norms, start=len(pairs)):
-            if found[i] in (0.0, math.inf):  # float32 squares end at 1e-45 and 3e38
-                found[i] = float(torch.linalg.vector_norm(x.double()))
-        return found
+    def __init__(self) -> None:
+        self._scratch: dict[int, Tensor] = {}
+
+    def dots(self, *pairs: tuple[Tensor, Tensor]) -> list[float]:
+        """``x·y`` for each pair of shape (n,), accumulated in float64."""
+        vectors = list({id(x): x for pair in pairs for x in pair}.values())
+        places = {id(x): i for i, x in enumerate(vectors)}
+        # on a CPU block by block: float64 copies of whole vectors would cost more in memory traffic than the sums
+        size = _BLOCK if vectors[0].device.type == "cpu" else len(vectors[0])
+        sums = []
+        for blocks in zip(*(x.split(max(size, 1)) for x in vectors), strict=True):
+            wide = [self._wide(i, block) for i, block in enumerate(blocks)]
+            sums.append(torch.stack([torch.dot(wide[places[id(x)]], wide[places[id(y)]]) for x, y in pairs]))
+        return torch.stack(sums).sum(0).tolist()
+
+    def _wide(self, slot: int, block: Tensor) -> Tensor:
+        if block.dtype == torch.float64:
+            return block
+        if block.device.type != "cpu":
+            return block.double()
+        if slot not in self._scratch:
+            self._scratch[slot] = torch.empty(_BLOCK, dtype=torch.float64)
+        return self._scratch[slot][: len(block)].copy_(block)

@@ -5,14 +5,16 @@ A new curvature writes a Graph for one micro-batch; looping, weighting and reten
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from dhf.errors import UsageError
 from dhf.evaluation import full_precision, reproducible, twice_differentiable
-from dhf.objective import Objective
+from dhf.objective import Objective, rows
 from dhf.parameters import Parameters
 
 __all__ = ["BuildGraph", "Graph", "ShardCurvature"]
@@ -73,11 +75,15 @@ class ShardCurvature:
         self._snapshot = parameters.snapshot()
         self._graphs: list[Graph] = []
         self._counts: list[float] = []
+        self._places: list[int] = []
+        self.rows = 0
         self.gradient_sum = torch.zeros(parameters.numel, dtype=parameters.dtype, device=parameters.device)
         losses = torch.zeros((), dtype=torch.float64, device=parameters.device)
         for batch, seed in zip(batches, seeds, strict=True):
             count = objective.count(batch)
             if count == 0:
+                with contextlib.suppress(UsageError):
+                    self.rows += rows(batch)
                 continue
             with (
                 reproducible(objective, parameters.device, seed, move_buffers=move_buffers),
@@ -90,17 +96,17 @@ class ShardCurvature:
             graph.gradient = ()
             self._graphs.append(graph)
             self._counts.append(count)
+            self._places.append(self.rows)
+            self.rows += graph.rows
         self.loss_sum = losses.item()
         self.count = sum(self._counts)
-        self.rows = sum(graph.rows for graph in self._graphs)
         self._weights: list[float] = []
 
     def begin(self, total: float, first_row: int) -> None:
         """Take the place among all data: the global sample count, and the index of this shard's first row."""
         self._weights = [count / total for count in self._counts]
-        for graph in self._graphs:
-            graph.begin(first_row)
-            first_row += graph.rows
+        for graph, place in zip(self._graphs, self._places, strict=True):
+            graph.begin(first_row + place)
 
     def product(self, v: Tensor, out: Tensor) -> None:
         """This shard's share of the global product, ``Σ count/total · A_j v``, into ``out`` of shape (n,).

@@ -255,7 +255,7 @@ class _Step:
         full = optimizer._fraction == 1.0
         with self._operator(self._graph() if full else GradientGraph, self.shard, move_buffers=True) as at:
             self.loss, self.gradient, self.count = at.loss, at.gradient, at.count
-            self.gradient_norm = math.sqrt(at.space.dots([(at.gradient, at.gradient)])[0])
+            self.gradient_norm = math.sqrt(at.space.dots((at.gradient, at.gradient))[0])
             _average_buffers(optimizer, at)
             if self.gradient_norm == 0:
                 return None, 0

@@ -12,6 +12,7 @@ __all__ = ["draw_run"]
 def draw_run(metrics: Path, path: Path) -> Path:
     """Draw one run's metrics file as a PNG of four panels; returns the picture's path."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
     rows: list[dict[str, Any]] = [json.loads(line) for line in metrics.read_text().splitlines()]
     steps = [row["step"] for row in rows]
@@ -33,6 +34,13 @@ def draw_run(metrics: Path, path: Path) -> Path:
         axis.set_ylabel(y_label)
         if scale == "log" and all(v is not None and v > 0 for v in y):
             axis.set_yscale("log")
+            if max(y) < 10 * min(y):  # less than a decade: label the minor ticks as plain numbers
+                axis.yaxis.set_minor_formatter(ScalarFormatter())
+                axis.yaxis.set_major_formatter(ScalarFormatter())
+        else:
+            axis.yaxis.set_major_locator(MaxNLocator(integer=key == "cg_iterations"))
+        if x_label == "step":
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(True, which="both", alpha=0.25)
     figure.savefig(path, dpi=120)
     return path

@@ -74,7 +74,7 @@ def cg(
     _check_rules(rtol, atol, max_iterations, progress_tolerance, snapshot_ratio)
     check_system(operator, b, x0)
     A = as_operator(operator)
-    b_norm = math.sqrt(A.space.dots([(b, b)])[0])
+    b_norm = math.sqrt(A.space.dots((b, b))[0])
     if b_norm == 0:
         return _zero(b)
     limit = 10 * b.numel() if max_iterations is None else max_iterations
@@ -96,7 +96,7 @@ def cg(
             continue
         if reason is not None:
             r = b - product
-            true_norm = math.sqrt(A.space.dots([(r, r)])[0])
+            true_norm = math.sqrt(A.space.dots((r, r))[0])
             break
         reason = state.advance(product) or stop(state)
         keep(state)
@@ -107,12 +107,13 @@ def cg(
 
 
 class _State:
-    """The vectors and scalars of the recursion; the iterate before the last step is kept, for a step that is not to be taken."""
+    """The vectors and scalars of the recursion."""
 
     def __init__(self, A: AgreeingOperator, b: Tensor, precondition: Callable[[Tensor], Tensor]) -> None:
         self.A, self.b, self.precondition = A, b, precondition
         self.history: list[Iteration] = []
-        self._threshold = 10 * torch.finfo(b.dtype).eps
+        self._epsilon = 10 * torch.finfo(b.dtype).eps
+        self._before: tuple[Tensor, Tensor] | None = None  # x and p ahead of a step that may have to be refused
 
     def start(self, x0: Tensor | None) -> Reason | None:
         self.k, self.model = 0, 0.0
@@ -124,11 +125,10 @@ class _State:
                 self.x.zero_()
             else:
                 self.r.sub_(product)
-                self.model = -0.5 * sum(self.A.space.dots([(self.r, self.x), (self.b, self.x)]))
-        self._previous, self._spare = self.x.clone(), torch.empty_like(self.x)
+                self.model = -0.5 * sum(self.A.space.dots((self.r, self.x), (self.b, self.x)))
         z = self.precondition(self.r)
-        rr, self.rho = self.A.space.dots([(self.r, self.r), (self.r, z)])
-        self.p, self._taken = z.clone(), torch.empty_like(z)
+        rr, self.rho = self.A.space.dots((self.r, self.r), (self.r, z))
+        self.p = z.clone()
         self.residual_norm, self.curvature = math.sqrt(rr), math.nan
         self.history.append(Iteration(0, self.residual_norm, self.model, self.curvature))
         if x0 is not None and agreed.reason is not None:
@@ -137,36 +137,35 @@ class _State:
 
     def advance(self, Ap: Tensor) -> Reason | None:
         """One iteration from the product A p; a Reason if this step must not be taken or the next cannot be."""
-        pAp, p_norm, Ap_norm = self.A.space.dots([(self.p, Ap)], norms=[self.p, Ap])
+        pAp, pp, ApAp = self.A.space.dots((self.p, Ap), (self.p, self.p), (Ap, Ap))
         alpha = self.rho / pAp if pAp else 0.0
-        torch.add(self.x, self.p, alpha=alpha, out=self._spare)
-        self._previous, self.x, self._spare = self.x, self._spare, self._previous
+        threshold = self._epsilon * math.sqrt(pp * ApAp)
+        # in a band around the threshold, since another party may judge a borderline step otherwise
+        self._before = None if pAp > 4 * threshold else (self.x.clone(), self.p.clone())
+        self.x.add_(self.p, alpha=alpha)
         self.r.sub_(Ap, alpha=alpha)
         z = self.precondition(self.r)
-        rr, rho = self.A.space.dots([(self.r, self.r), (self.r, z)]) if z is not self.r else self._twice(self.r)
+        rr, rho = self.A.space.dots((self.r, self.r), (self.r, z))
+        torch.add(z, self.p, alpha=rho / self.rho if self.rho else 0.0, out=self.p)
         self.k += 1
         self.model -= 0.5 * alpha * self.rho
-        self.curvature = pAp / p_norm**2 if p_norm else math.nan
+        self.rho = rho
+        self.curvature = pAp / pp if pp else math.nan
         self.residual_norm = math.sqrt(rr) if rr >= 0 else math.nan
         self.history.append(Iteration(self.k, self.residual_norm, self.model, self.curvature))
         if not (math.isfinite(pAp) and math.isfinite(rr)):
             return Reason.NON_FINITE
-        if pAp <= self._threshold * p_norm * Ap_norm:
-            # the next direction is made all the same: the other parties may have judged a borderline case otherwise
-            self._turn(rho, z)
-            return Reason.NEGATIVE_CURVATURE
-        self._turn(rho, z)
-        return self._preconditioner_trouble()
+        return Reason.NEGATIVE_CURVATURE if pAp <= threshold else self._preconditioner_trouble()
 
     def x_to_return(self, reason: Reason) -> Tensor:
         """The iterate that a stop for this reason ends at."""
-        return self._previous if self._refused(reason) else self.x
+        return self._before[0] if self._before is not None and self._refused(reason) else self.x
 
     def solution(self, reason: Reason, true_norm: float, keep: _Snapshots) -> Solution:
         x = self.x_to_return(reason)
         last = self.history[-2] if self._refused(reason) else self.history[-1]
         iterates = keep.upto(last.number, Iterate(last.number, x, last.model))
-        direction = self._taken if reason is Reason.NEGATIVE_CURVATURE else None
+        direction = self._before[1] if self._before is not None and reason is Reason.NEGATIVE_CURVATURE else None
         return Solution(
             x,
             reason,
@@ -178,14 +177,6 @@ class _State:
             iterates,
             direction,
         )
-
-    def _twice(self, r: Tensor) -> list[float]:
-        return self.A.space.dots([(r, r)]) * 2
-
-    def _turn(self, rho: float, z: Tensor) -> None:
-        torch.add(z, self.p, alpha=rho / self.rho if self.rho else 0.0, out=self._taken)
-        self.p, self._taken = self._taken, self.p
-        self.rho = rho
 
     def _refused(self, reason: Reason) -> bool:
         """Whether the last step was made on a direction that turned out to be unusable."""
