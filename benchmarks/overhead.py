@@ -30,9 +30,9 @@ class _Timed:
         self._operator, self.space, self.seconds = operator, operator.space, 0.0
         self.shape, self.dtype, self.device = operator.shape, operator.dtype, operator.device
 
-    def apply(self, v: torch.Tensor, proposal: Any = None) -> Any:
+    def apply(self, v: torch.Tensor, *agreement: Any) -> Any:
         began = time.perf_counter()
-        answer = self._operator.apply(v, proposal)
+        answer = self._operator.apply(v, *agreement)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.seconds += time.perf_counter() - began

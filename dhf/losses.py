@@ -113,6 +113,10 @@ class BinaryCrossEntropy(_RowLoss):
 
     def check(self, outputs: Tensor, targets: Tensor) -> None:
         super().check(outputs, targets)
+        if not targets.is_floating_point():
+            raise UsageError(
+                f"binary cross-entropy needs floating-point targets, got {targets.dtype}; use targets.float()"
+            )
         low, high = targets.min().item(), targets.max().item()
         if not (low >= 0 and high <= 1):
             raise UsageError(f"binary cross-entropy needs targets in [0, 1], found {low:g} to {high:g}; rescale them")

@@ -124,16 +124,20 @@ class GlobalOperator:
             raise NonFiniteError(f"the product holds NaN or infinity, from rank {ranks}; look at its data")
         return product.clone()
 
-    def apply(self, v: Tensor, proposal: Reason | None = None) -> tuple[Tensor, Verdict]:
+    def apply(
+        self, v: Tensor, proposal: Reason | None = None, failure: Exception | None = None
+    ) -> tuple[Tensor, Verdict]:
         """``A v`` and what all ranks agreed, in one collective; the tensor is overwritten by the next product.
 
         Args:
             v: Shape (n,).
             proposal: Why this rank's solver wants to end, or None to go on.
+            failure: What went wrong on this rank since the last product; it is raised on every rank.
         """
         n = self.parameters.numel
         product, word = self._buffer[:n], self._buffer[n:]
-        _, failure = capture(lambda: self._multiply(v, product))
+        if failure is None:
+            _, failure = capture(lambda: self._multiply(v, product))
         if failure is not None:
             product.zero_()
         finite = product.sum()
@@ -234,9 +238,11 @@ class Shifted:
         """``A v + damping v``, a new tensor of shape (n,)."""
         return self.operator.matvec(v).add_(v, alpha=self.damping)
 
-    def apply(self, v: Tensor, proposal: Reason | None = None) -> tuple[Tensor, Verdict]:
+    def apply(
+        self, v: Tensor, proposal: Reason | None = None, failure: Exception | None = None
+    ) -> tuple[Tensor, Verdict]:
         """As :meth:`GlobalOperator.apply`."""
-        product, verdict = self.operator.apply(v, proposal)
+        product, verdict = self.operator.apply(v, proposal, failure)
         return product.add_(v, alpha=self.damping), verdict
 
     def shifted(self, damping: float) -> Shifted:

@@ -13,7 +13,7 @@ import yaml
 
 from dhf.train import main
 
-PROBLEM = '''
+PROBLEM = """
 import os, signal
 import torch, dhf
 
@@ -38,7 +38,7 @@ def build(samples: int = 12, classes: int = 3, width: int = 5, fault: str = "") 
     else:
         metrics = lambda module: {"norm": sum(p.square().sum().item() for p in module.parameters())}
     return dhf.Problem(dhf.Objective(module, loss), (x, y), validation=(x[:5], y[:5]), metrics=metrics)
-'''
+"""
 
 
 @pytest.fixture
@@ -70,7 +70,9 @@ def test_a_run_directory_holds_everything(run, capsys):
     assert code == 0
     written = rows(directory)
     assert [row["step"] for row in written] == [1, 2, 3, 4]
-    names = "step loss loss_after gradient_norm step_length damping reduction_ratio cg_iterations cg_reason seconds norm"
+    names = (
+        "step loss loss_after gradient_norm step_length damping reduction_ratio cg_iterations cg_reason seconds norm"
+    )
     assert set(names.split()) | {"validation_loss"} <= set(written[0])
     end = result(directory)
     assert (end["reason"], end["exit_code"], end["steps"], end["world_size"]) == ("STEPS_DONE", 0, 4, 1)
@@ -79,7 +81,9 @@ def test_a_run_directory_holds_everything(run, capsys):
     assert (directory / "checkpoints" / "LATEST").read_text().strip() == "step-4"
     assert (directory / "plots" / "run.png").stat().st_size > 1000
     out = capsys.readouterr().out
-    summary = [line for line in out.splitlines() if line.split(" ")[0] in ("ended", "loss", "time", "products", "written")]
+    summary = [
+        line for line in out.splitlines() if line.split(" ")[0] in ("ended", "loss", "time", "products", "written")
+    ]
     assert len(summary) == 5
     assert "All steps asked for were taken" in summary[0]
 

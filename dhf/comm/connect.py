@@ -32,7 +32,8 @@ class Launch:
     """How this process was started.
 
     Attributes:
-        launcher: ``"torchrun"`` (or anything that sets its variables), ``"slurm"`` or ``"none"``.
+        launcher: ``"torchrun"`` (or anything that sets its variables), ``"slurm"``, ``"torch.distributed"`` (a group that is
+            open already) or ``"none"``.
         rank: This rank.
         size: Number of ranks.
         local_rank: This rank's number on its host.
@@ -81,7 +82,7 @@ def connect(
         raise UsageError(f"backend {backend!r} is unknown; choose from {', '.join(_BACKENDS)}")
     if device not in ("auto", "cpu", "cuda"):
         raise UsageError(f"device {device!r} is unknown; choose from auto, cpu, cuda")
-    launch = detect(os.environ)
+    launch = _existing_group() or detect(os.environ)
     if launch.size > 1 and backend == "serial":
         raise UsageError(f"--backend serial is one process, but {launch.size} ranks were started; use --backend gloo")
     backend, place = _choose(launch, backend, device)
@@ -92,6 +93,15 @@ def connect(
         return TorchDistributed(place, backend, timeout=timeout)
     store = _store(launch, timeout)
     return TorchDistributed(place, backend, store=store, rank=launch.rank, size=launch.size, timeout=timeout)
+
+
+def _existing_group() -> Launch | None:
+    """The ranks of a default group that the user has opened already, however they were started."""
+    if not dist.is_initialized():
+        return None
+    rank, size = dist.get_rank(), dist.get_world_size()
+    local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", rank)))
+    return Launch("torch.distributed", rank, size, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", size)))
 
 
 def detect(environment: Mapping[str, str]) -> Launch:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dhf.reason import Reason
-from dhf.solvers.linear_operator import AgreeingOperator, as_operator, check_system
+from dhf.solvers.linear_operator import AgreeingOperator, Agreement, as_operator, check_system
 from dhf.solvers.solution import Iterate, Iteration, Solution
 
 __all__ = ["cg"]
@@ -53,7 +53,7 @@ def cg(
             less than ``w·progress_tolerance`` of itself over the last ``w = max(10, k/10)`` iterations. 5e-4 is his choice.
         preconditioner: ``r -> z ≈ A⁻¹ r``, symmetric positive definite; none by default.
         snapshot_ratio: Keep iterates at iterations that grow by this factor (1.3 is Martens'), in ``Solution.iterates``.
-        callback: Called with each Iteration; it must do the same on all ranks.
+        callback: Called with each Iteration.
 
     Returns:
         A Solution; its reason says why the solve ended. Never raises on non-convergence. If the recursive residual
@@ -61,6 +61,7 @@ def cg(
 
     Raises:
         ValueError: If shapes, dtypes or devices differ, or a tolerance is out of range.
+        RankError: If the preconditioner or the callback failed on a rank; alone, what they raised.
 
     Source: Hestenes & Stiefel (1952); stopping and backtracking iterates: Martens (2010), sections 4.4 and 4.6.
 
@@ -81,13 +82,24 @@ def cg(
     state = _State(A, b, preconditioner or (lambda r: r))
     stop = _StoppingRule(max(rtol * b_norm, atol), limit, progress_tolerance)
     keep = _Snapshots(snapshot_ratio)
-    reason = state.start(x0)
-    if reason is None:
-        reason = stop(state)
+    first = None if x0 is None else A.apply(x0)
+
+    def begin() -> Reason | None:
+        reason = state.start(x0, first) or stop(state)
         _note(state, callback)
+        return reason
+
+    def go_on() -> Reason | None:
+        reason = state.advance(product) or stop(state)
+        keep(state)
+        _note(state, callback)
+        return reason
+
+    reason, failure = _own_work(begin)
     true_norm = math.nan
     while True:
-        product, agreed = A.apply(state.x_to_return(reason) if reason else state.p, reason)
+        vector = b if failure else state.x_to_return(reason) if reason else state.p
+        product, agreed = A.apply(vector, reason, failure)
         if agreed.reason is Reason.NON_FINITE and reason is not Reason.NON_FINITE:
             reason = agreed.reason  # a rank's contribution is broken: no product can be trusted, not even A x
             break
@@ -98,10 +110,8 @@ def cg(
             r = b - product
             true_norm = math.sqrt(A.space.dots((r, r))[0])
             break
-        reason = state.advance(product) or stop(state)
-        keep(state)
-        _note(state, callback)
-    if reason is Reason.RESIDUAL_TOLERANCE and not true_norm <= _ACCURACY_SLACK * stop.target:
+        reason, failure = _own_work(go_on)
+    if reason is Reason.RESIDUAL_TOLERANCE and stop.target > 0 and not true_norm <= _ACCURACY_SLACK * stop.target:
         reason = Reason.ACCURACY_LOST
     return state.solution(reason, true_norm, keep)
 
@@ -115,25 +125,24 @@ class _State:
         self._epsilon = 10 * torch.finfo(b.dtype).eps
         self._before: tuple[Tensor, Tensor] | None = None  # x and p ahead of a step that may have to be refused
 
-    def start(self, x0: Tensor | None) -> Reason | None:
+    def start(self, x0: Tensor | None, first: tuple[Tensor, Agreement] | None) -> Reason | None:
+        """Set out from x0, of which ``first`` is the product."""
         self.k, self.model = 0, 0.0
         self.x = torch.zeros_like(self.b) if x0 is None else x0.clone()
         self.r = self.b.clone()
-        if x0 is not None:
-            product, agreed = self.A.apply(self.x)
-            if agreed.reason is not None:
+        stopped = None if first is None else first[1].reason
+        if first is not None:
+            if stopped is not None:
                 self.x.zero_()
             else:
-                self.r.sub_(product)
+                self.r.sub_(first[0])
                 self.model = -0.5 * sum(self.A.space.dots((self.r, self.x), (self.b, self.x)))
         z = self.precondition(self.r)
         rr, self.rho = self.A.space.dots((self.r, self.r), (self.r, z))
         self.p = z.clone()
         self.residual_norm, self.curvature = math.sqrt(rr), math.nan
         self.history.append(Iteration(0, self.residual_norm, self.model, self.curvature))
-        if x0 is not None and agreed.reason is not None:
-            return agreed.reason
-        return self._preconditioner_trouble()
+        return stopped or self._preconditioner_trouble()
 
     def advance(self, Ap: Tensor) -> Reason | None:
         """One iteration from the product A p; a Reason if this step must not be taken or the next cannot be."""
@@ -159,13 +168,13 @@ class _State:
 
     def x_to_return(self, reason: Reason) -> Tensor:
         """The iterate that a stop for this reason ends at."""
-        return self._before[0] if self._before is not None and self._refused(reason) else self.x
+        return self._before[0] if self._before and self._refused(reason) else self.x
 
     def solution(self, reason: Reason, true_norm: float, keep: _Snapshots) -> Solution:
         x = self.x_to_return(reason)
         last = self.history[-2] if self._refused(reason) else self.history[-1]
         iterates = keep.upto(last.number, Iterate(last.number, x, last.model))
-        direction = self._before[1] if self._before is not None and reason is Reason.NEGATIVE_CURVATURE else None
+        direction = self._before[1] if self._before and reason is Reason.NEGATIVE_CURVATURE else None
         return Solution(
             x,
             reason,
@@ -181,7 +190,7 @@ class _State:
     def _refused(self, reason: Reason) -> bool:
         """Whether the last step was made on a direction that turned out to be unusable."""
         broken = reason is Reason.NON_FINITE and not math.isfinite(self.residual_norm)
-        return self.k > 0 and (reason is Reason.NEGATIVE_CURVATURE or broken)
+        return self._before is not None and (reason is Reason.NEGATIVE_CURVATURE or broken)
 
     def _preconditioner_trouble(self) -> Reason | None:
         if not math.isfinite(self.rho):
@@ -221,6 +230,14 @@ class _Snapshots:
     def upto(self, number: int, last: Iterate) -> list[Iterate]:
         """The kept iterates before ``number``, then the last one; nothing if none were asked for."""
         return [] if self._ratio is None else [*(i for i in self._kept if i.number < number), last]
+
+
+def _own_work(work: Callable[[], Reason | None]) -> tuple[Reason | None, Exception | None]:
+    """Work that takes no product; what fails in it here (a preconditioner, a callback) is told with the next product."""
+    try:
+        return work(), None
+    except Exception as error:
+        return None, error
 
 
 def _note(state: _State, callback: Callable[[Iteration], None] | None) -> None:

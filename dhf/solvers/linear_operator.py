@@ -31,8 +31,10 @@ class AgreeingOperator(Protocol):
 
     space: VectorSpace
 
-    def apply(self, v: Tensor, proposal: Reason | None = None) -> tuple[Tensor, Agreement]:
-        """``A v``, valid until the next product, and the agreement."""
+    def apply(
+        self, v: Tensor, proposal: Reason | None = None, failure: Exception | None = None
+    ) -> tuple[Tensor, Agreement]:
+        """``A v``, valid until the next product, and the agreement; raises if any party tells of a failure."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -48,7 +50,11 @@ class _Alone:
         self._operator = operator
         self.space: VectorSpace = getattr(operator, "space", None) or Replicated()
 
-    def apply(self, v: Tensor, proposal: Reason | None = None) -> tuple[Tensor, Agreement]:
+    def apply(
+        self, v: Tensor, proposal: Reason | None = None, failure: Exception | None = None
+    ) -> tuple[Tensor, Agreement]:
+        if failure is not None:
+            raise failure
         multiply = getattr(self._operator, "matvec", None) or self._operator.__matmul__
         return multiply(v), _Own(proposal)
 

@@ -10,7 +10,9 @@ from tests.ranks import ranks
 SPLITS = {
     "even": lambda n, size: [n // size] * (size - 1) + [n - n // size * (size - 1)],
     "uneven": lambda n, size: [1 + 2 * r for r in range(size - 1)] + [n - (size - 1) ** 2],
-    "empty": lambda n, size: [0] + ([n // (size - 1)] * (size - 2) + [n - n // (size - 1) * (size - 2)] if size > 1 else [n]),
+    "empty": lambda n, size: (
+        [0] + ([n // (size - 1)] * (size - 2) + [n - n // (size - 1) * (size - 2)] if size > 1 else [n])
+    ),
 }
 OPTIONS = [
     {},
@@ -136,3 +138,37 @@ def test_running_statistics_are_the_sample_weighted_mean_over_ranks():
     expected = 0.1 * hidden.mean(0)
     torch.testing.assert_close(a, expected)
     assert torch.equal(a, b)
+
+
+def solve_with_a_fault(comm, where: str) -> tuple[str, str]:
+    """CG whose preconditioner or callback fails on rank 1 in its third call."""
+    objective, x, y = problem("bce")
+    calls = 0
+
+    def fault(*_):
+        nonlocal calls
+        calls += 1
+        if comm.rank == 1 and calls == 3:
+            raise OSError("the disk of this rank is full")
+
+    def precondition(r):
+        if where == "preconditioner":
+            fault()
+        return r
+
+    with dhf.GaussNewton(objective, [(x, y)], comm=comm) as A:
+        try:
+            callback = fault if where == "callback" else None
+            dhf.cg(A.shifted(1e-3), -A.gradient, preconditioner=precondition, callback=callback)
+        except dhf.RankError as error:
+            product = A @ torch.ones_like(A.gradient)  # the ranks are still in step
+            return str(error), f"{float(product.sum()):.12g}"
+    return "no error", ""
+
+
+@pytest.mark.parametrize("where", ["preconditioner", "callback"])
+def test_a_fault_between_products_reaches_all_ranks(where):
+    outcomes = ranks(3, solve_with_a_fault, where=where)
+    assert len(set(outcomes)) == 1
+    assert "rank 1" in outcomes[0][0]
+    assert "OSError: the disk of this rank is full" in outcomes[0][0]

@@ -79,9 +79,7 @@ def test_four_ranks_train_the_digits_as_one_process_does(folder):
     result = json.loads(Path("four/result.json").read_text())
     assert (result["world_size"], result["reason"]) == (4, "STEPS_DONE")
     assert Path("four/plots/reconstructions.png").stat().st_size > 1000
-    four, one = (
-        torch.load(f"{d}/checkpoints/step-3/state.pt", weights_only=True)["module"] for d in ("four", "one")
-    )
+    four, one = (torch.load(f"{d}/checkpoints/step-3/state.pt", weights_only=True)["module"] for d in ("four", "one"))
     for key, value in one.items():
         torch.testing.assert_close(four[key], value, rtol=1e-9, atol=1e-12)
 

@@ -1,5 +1,6 @@
 """HessianFree in one process: against closed forms, and in what it does when a step fails."""
 
+import itertools
 import math
 
 import pytest
@@ -12,7 +13,10 @@ import dhf
 def regression(decay: float = 0.0) -> tuple[dhf.Objective, list]:
     x = torch.randn(30, 4, dtype=torch.float64)
     y = torch.randn(30, 2, dtype=torch.float64)
-    return dhf.Objective(nn.Linear(4, 2).double(), nn.MSELoss(), weight_decay=decay), [(x[:11], y[:11]), (x[11:], y[11:])]
+    return dhf.Objective(nn.Linear(4, 2).double(), nn.MSELoss(), weight_decay=decay), [
+        (x[:11], y[:11]),
+        (x[11:], y[11:]),
+    ]
 
 
 @pytest.mark.parametrize("curvature", ["ggn", "hessian"])
@@ -49,7 +53,7 @@ def test_the_loss_falls_monotonically_to_a_stationary_point(curvature, precondit
     objective = dhf.Objective(module, nn.CrossEntropyLoss(), weight_decay=1e-2)
     optimizer = dhf.HessianFree(objective, curvature=curvature, preconditioner=preconditioner, seed=3)
     reports = [optimizer.step([(x, y)]) for _ in range(60)]
-    for before, after in zip(reports, reports[1:], strict=False):
+    for before, after in itertools.pairwise(reports):
         assert after.loss == pytest.approx(before.loss_after, rel=1e-12)
         assert after.loss_after <= after.loss
     # sampled labels make the Fisher matrix a rougher model
