@@ -15,6 +15,7 @@ product is paid only when ranks really disagree.
 from __future__ import annotations
 
 import dataclasses
+import math
 import socket
 import time
 import traceback
@@ -103,20 +104,25 @@ class Coordinator:
         code = float(proposal or 0)
         leads = self.comm.rank == 0
         late = leads and self.deadline is not None and time.monotonic() >= self.deadline
-        known = [
+        on_cpu = word.device.type == "cpu"
+        broken = on_cpu and finite is not None and not math.isfinite(finite.item())
+        known = (
             code,
             code * code,
             code * leads,
             failure is not None,
-            0,
+            broken,
             self._interrupted(),
             late,
             0,
             self._diverged,
-        ]
-        word.copy_(torch.tensor([float(k) for k in known], dtype=word.dtype))
-        if finite is not None:
-            word[_NON_FINITE] = (~torch.isfinite(finite)).to(word.dtype)
+        )
+        if on_cpu:
+            word.numpy()[:] = known
+        else:
+            word.copy_(torch.tensor([float(k) for k in known], dtype=word.dtype))
+            if finite is not None:  # written on the device, which is not waited for
+                word[_NON_FINITE] = (~torch.isfinite(finite)).to(word.dtype)
         if moved is not None:
             word[_MOVED] = moved.to(word.dtype)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -51,7 +50,8 @@ class Parameters:
 
     def split(self, flat: Tensor) -> list[Tensor]:
         """Views of a flat vector of shape (n,), each with the shape of its parameter."""
-        return [piece.view(p.shape) for piece, p in zip(flat.split(self.sizes), self.tensors, strict=True)]
+        # one call into torch; a Python loop over narrow() and view() costs as much as a small product
+        return list(torch._utils._unflatten_dense_tensors(flat, self.tensors))
 
     def flatten(self, tensors: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
         """One flat vector of shape (n,) from one tensor per parameter, written to ``out`` where given."""
@@ -88,6 +88,8 @@ class Snapshot:
         self._parameters = parameters
         self._marks = self._current_marks()
         self._values = parameters.split(parameters.read())
+        on_cpu = parameters.device.type == "cpu"
+        self._pairs = [(p.detach(), value) for p, value in zip(parameters.tensors, self._values, strict=True) if on_cpu]
 
     def check(self) -> None:
         """Raise StaleGraphError, naming the first parameter that has moved.
@@ -96,19 +98,15 @@ class Snapshot:
         in neither, so on CPU the values are compared as well; on a GPU that comparison would wait for the
         device and is left to :meth:`moved`, whose answer travels with the product.
         """
-        for name, p, mark, now, value in zip(
-            self._parameters.names,
-            self._parameters.tensors,
-            self._marks,
-            self._current_marks(),
-            self._values,
-            strict=True,
-        ):
-            if now != mark or (p.device.type == "cpu" and not _equal(p.detach(), value)):
-                raise StaleGraphError(
-                    f"parameter {name!r} changed after the graph was built, so the graph's products are those of "
-                    "the old point; leave the operator (or call its close()) before moving parameters"
-                )
+        marks = self._current_marks()
+        if marks == self._marks and all(_equal(live, value) for live, value in self._pairs):
+            return
+        moved = [i for i, (now, mark) in enumerate(zip(marks, self._marks, strict=True)) if now != mark]
+        moved += [i for i, (live, value) in enumerate(self._pairs) if not _equal(live, value)]
+        raise StaleGraphError(
+            f"parameter {self._parameters.names[min(moved)]!r} changed after the graph was built, so the graph's products "
+            "are those of the old point; leave the operator (or call its close()) before moving parameters"
+        )
 
     def moved(self) -> Tensor:
         """How many tensors hold other values than at the snapshot, as a 0-dim tensor on their device."""
@@ -120,8 +118,8 @@ class Snapshot:
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
-    # torch.equal is the quicker for small tensors, numpy five times so for large ones
-    return torch.equal(a, b) if a.numel() < 4096 else np.array_equal(a.numpy(), b.numpy())
+    # torch.equal is the quicker for small tensors, numpy for large ones
+    return torch.equal(a, b) if a.numel() < 1 << 16 else bool((a.numpy() == b.numpy()).all())
 
 
 def _check_usable(module: torch.nn.Module, named: list[tuple[str, torch.nn.Parameter]]) -> None:

@@ -30,13 +30,16 @@ class Replicated:
         """``x·y`` for each pair of shape (n,), accumulated in float64."""
         vectors = list({id(x): x for pair in pairs for x in pair}.values())
         places = {id(x): i for i, x in enumerate(vectors)}
+        wanted = [(places[id(x)], places[id(y)]) for x, y in pairs]
+        distinct = list(dict.fromkeys(wanted))
         # on a CPU block by block: float64 copies of whole vectors would cost more in memory traffic than the sums
         size = _BLOCK if vectors[0].device.type == "cpu" else len(vectors[0])
-        sums = []
+        parts: list[Tensor] = []
         for blocks in zip(*(x.split(max(size, 1)) for x in vectors), strict=True):
             wide = [self._wide(i, block) for i, block in enumerate(blocks)]
-            sums.append(torch.stack([torch.dot(wide[places[id(x)]], wide[places[id(y)]]) for x, y in pairs]))
-        return torch.stack(sums).sum(0).tolist()
+            parts += [torch.dot(wide[i], wide[j]) for i, j in distinct]
+        sums = torch.stack(parts).view(-1, len(distinct)).sum(0).tolist()
+        return [sums[distinct.index(pair)] for pair in wanted]
 
     def _wide(self, slot: int, block: Tensor) -> Tensor:
         if block.dtype == torch.float64:

@@ -122,7 +122,9 @@ class ShardCurvature:
             for j, (graph, weight) in enumerate(zip(self._graphs, self._weights, strict=True)):
                 pieces = graph.product(pieces_of_v)
                 if j == 0:
-                    self._parameters.flatten(pieces, out=out).mul_(weight)
+                    self._parameters.flatten(pieces, out=out)
+                    if weight != 1.0:
+                        out.mul_(weight)
                 else:
                     for view, piece in zip(self._parameters.split(out), pieces, strict=True):
                         view.add_(piece, alpha=weight)

@@ -45,7 +45,7 @@ class Config:
 
     problem: str = _flag("digits-autoencoder", "digits-autoencoder, digits-classifier, or FILE.py:FUNCTION")
     options: dict = _flag({}, "arguments of the problem's function: --options.KEY VALUE")
-    steps: int = _flag(60, "outer iterations")
+    steps: int = _flag(35, "outer iterations")
     time_budget: Optional[float] = _flag(None, "seconds of training after which the run stops with a checkpoint")  # noqa: UP045
     target_loss: Optional[float] = _flag(None, "stop when the training loss is at or below this")  # noqa: UP045
     optimizer: Literal["hf", "lbfgs", "adam"] = _flag("hf", "Hessian-free, or one of torch's own for comparison")
