@@ -10,7 +10,7 @@ from torch import Tensor
 __all__ = ["Replicated", "VectorSpace"]
 
 
-_BLOCK = 1 << 17  # two float64 blocks of this many numbers stay in a core's cache
+_BLOCK = 1 << 15  # two float64 blocks of this many numbers stay in a core's second-level cache
 
 
 class VectorSpace(Protocol):

@@ -147,12 +147,26 @@ def _refuse(text: str) -> NoReturn:
     text = " ".join(text.split())
     unknown = re.search(r"unrecognized arguments?: (\S+)|Option '([^']+)' is not accepted", text, re.IGNORECASE)
     if unknown is None:
-        raise UsageError(re.sub(r'^Parser key "(\w+)": ?', lambda m: "--" + m[1].replace("_", "-") + ": ", text))
+        raise UsageError(_plain_type_error(text))
     name = (unknown[1] or unknown[2]).partition("=")[0]
     known = [f.name for f in dataclasses.fields(Config)]
     near = difflib.get_close_matches(name.lstrip("-").replace("-", "_"), known, 1)
     hint = f"did you mean {_like(name, near[0])}?" if near else "--help lists the settings"
     raise UsageError(f"unknown setting {name}; {hint}")
+
+
+def _plain_type_error(text: str) -> str:
+    """jsonargparse's account of a value of the wrong type, without Python's names of types."""
+    text = re.sub(r'^Parser key "(\w+)": ?', lambda m: "--" + m[1].replace("_", "-") + ": ", text)
+    flag, _, rest = text.partition(": ")
+    value = re.search(r"(?:Got|Given) value: (.*)$", rest)
+    choices = re.match(r"Expected a typing\.Literal\[([^]]*)\]", rest)
+    number = re.search(r"<class '(int|float)'>", rest)
+    if value and choices:
+        return f"{flag} {value[1]!r} is unknown; choose from {choices[1].replace(chr(39), '')}"
+    if value and number:
+        return f"{flag} must be {'an integer' if number[1] == 'int' else 'a number'}, got {value[1]!r}"
+    return text
 
 
 def _like(name: str, near: str) -> str:
