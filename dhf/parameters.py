@@ -88,8 +88,12 @@ class Snapshot:
         self._parameters = parameters
         self._marks = self._current_marks()
         self._values = parameters.split(parameters.read())
-        on_cpu = parameters.device.type == "cpu"
-        self._pairs = [(p.detach(), value) for p, value in zip(parameters.tensors, self._values, strict=True) if on_cpu]
+        # numpy compares large arrays several times faster than torch.equal
+        self._pairs = (
+            [(p.detach().numpy(), value.numpy()) for p, value in zip(parameters.tensors, self._values, strict=True)]
+            if parameters.device.type == "cpu"
+            else []
+        )
 
     def check(self) -> None:
         """Raise StaleGraphError, naming the first parameter that has moved.
@@ -99,10 +103,10 @@ class Snapshot:
         device and is left to :meth:`moved`, whose answer travels with the product.
         """
         marks = self._current_marks()
-        if marks == self._marks and all(_equal(live, value) for live, value in self._pairs):
+        if marks == self._marks and all((live == value).all() for live, value in self._pairs):
             return
         moved = [i for i, (now, mark) in enumerate(zip(marks, self._marks, strict=True)) if now != mark]
-        moved += [i for i, (live, value) in enumerate(self._pairs) if not _equal(live, value)]
+        moved += [i for i, (live, value) in enumerate(self._pairs) if not (live == value).all()]
         raise StaleGraphError(
             f"parameter {self._parameters.names[min(moved)]!r} changed after the graph was built, so the graph's products "
             "are those of the old point; leave the operator (or call its close()) before moving parameters"
@@ -115,11 +119,6 @@ class Snapshot:
 
     def _current_marks(self) -> list[tuple[int, int]]:
         return [(p._version, p.data_ptr()) for p in self._parameters.tensors]
-
-
-def _equal(a: Tensor, b: Tensor) -> bool:
-    # torch.equal is the quicker for small tensors, numpy for large ones
-    return torch.equal(a, b) if a.numel() < 1 << 16 else bool((a.numpy() == b.numpy()).all())
 
 
 def _check_usable(module: torch.nn.Module, named: list[tuple[str, torch.nn.Parameter]]) -> None:
