@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from dhf.version import __version__ as __version__
 
 # name -> module; loaded on first use, so that `--help` need not import torch
 _PUBLIC = {
@@ -23,6 +23,7 @@ _PUBLIC = {
     "Objective": "dhf.objective",
     "Problem": "dhf.problems",
     "RankError": "dhf.errors",
+    "RanksDifferError": "dhf.errors",
     "Reason": "dhf.reason",
     "ReplicasDivergedError": "dhf.errors",
     "Solution": "dhf.solvers",
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from dhf.errors import CommunicationError as CommunicationError
     from dhf.errors import NonFiniteError as NonFiniteError
     from dhf.errors import RankError as RankError
+    from dhf.errors import RanksDifferError as RanksDifferError
     from dhf.errors import ReplicasDivergedError as ReplicasDivergedError
     from dhf.errors import StaleGraphError as StaleGraphError
     from dhf.errors import UsageError as UsageError

@@ -3,37 +3,41 @@
 A status word of a few integers rides at the end of a product's buffer, so that agreement costs no collective of its
 own. Each rank adds its counts, and rank 0 alone adds its decision; the all-reduce hands every rank the same sums.
 
-    [ Σ proposal, Σ proposal², proposal of rank 0, failed, non-finite, interrupted, out of time, moved, diverged ]
+    [ Σ proposal, Σ proposal², proposal of rank 0, failed, non-finite, interrupted, out of time, moved ]
 
 A proposal is the Reason for which this rank's solver wants to end, 0 to go on. If all ranks proposed the same
 (Σ (proposal - leader)² = 0, exact in float32 for 60,000 ranks), the product is good: they multiplied the same
 vector. If not (inner products that rounded differently on two ranks at the very threshold), the product is a mixture of two
 vectors; then all ranks follow rank 0 and multiply again. So a solve ends at one iteration everywhere, and an extra
 product is paid only when ranks really disagree.
+
+What must be the same on all ranks (parameters, settings, data) travels as a mark, a hash of 64 bits, in the same three sums;
+so all ranks learn together whether all agree, before a collective whose shape depends on it.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 import socket
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from dhf.comm import Communicator
-from dhf.errors import RankError, ReplicasDivergedError, StaleGraphError, UsageError
+from dhf.errors import RankError, RanksDifferError, ReplicasDivergedError, StaleGraphError, UsageError
 from dhf.reason import Reason
 
-__all__ = ["Coordinator", "Verdict", "capture"]
+__all__ = ["Coordinator", "Verdict", "capture", "fingerprint", "mark_of"]
 
 T = TypeVar("T")
 
-_SUM, _SQUARES, _LEADER, _FAILED, _NON_FINITE, _INTERRUPTED, _LATE, _MOVED, _DIVERGED = range(9)
+_SUM, _SQUARES, _LEADER, _FAILED, _NON_FINITE, _INTERRUPTED, _LATE, _MOVED = range(8)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -59,11 +63,13 @@ class Coordinator:
 
     Attributes:
         WIDTH: Numbers in a status word.
+        MARK: Numbers in which a mark travels.
         stopping: Reason.INTERRUPTED or Reason.TIME_LIMIT once all ranks know of it, else None.
         non_finite_ranks: The ranks that put NaN or infinity into the last non-finite product.
     """
 
-    WIDTH = 9
+    WIDTH = 8
+    MARK = 12
 
     def __init__(
         self,
@@ -79,8 +85,6 @@ class Coordinator:
         self._interrupted = interrupted
         self._failure: BaseException | None = None
         self._finite: Tensor | None = None
-        self._fingerprint: list[float] = []
-        self._diverged = False
 
     def fill(
         self,
@@ -115,7 +119,6 @@ class Coordinator:
             self._interrupted(),
             late,
             0,
-            self._diverged,
         )
         if on_cpu:
             word.numpy()[:] = known
@@ -131,13 +134,10 @@ class Coordinator:
 
         Raises:
             UsageError, StaleGraphError, RankError: If a rank failed; the same on every rank, naming the first that failed.
-            ReplicasDivergedError: If a rank's parameters were not those of rank 0.
         """
         total = word.tolist()
         if total[_FAILED]:
             self._raise_failure()
-        if total[_DIVERGED]:
-            self._raise_diverged()
         if total[_MOVED]:
             raise StaleGraphError(
                 "parameters changed on at least one rank after the graph was built; leave the operator before moving them"
@@ -156,7 +156,7 @@ class Coordinator:
         """Sum a few float64 numbers over the ranks, with the status riding along; identical on every rank.
 
         Raises:
-            UsageError, RankError, ReplicasDivergedError: As :meth:`read`.
+            UsageError, RankError: As :meth:`read`.
         """
         buffer = torch.zeros(len(values) + self.WIDTH, dtype=torch.float64)
         if failure is None:
@@ -172,35 +172,68 @@ class Coordinator:
         self.reduce([], failure=failure)
         return value  # type: ignore[return-value]
 
-    def expect_replicas(self, vector: Tensor) -> list[float]:
-        """Rank 0's fingerprint of a vector, for a :meth:`reduce`; the other ranks contribute zeros."""
-        self._fingerprint = _fingerprint(vector)
-        return self._fingerprint if self.comm.rank == 0 else [0.0] * len(self._fingerprint)
+    def mark(self, mark: int) -> list[float]:
+        """The numbers by which a mark travels in a :meth:`reduce`, shape (MARK,)."""
+        leads = self.comm.rank == 0
+        pieces = [float(mark >> shift & 0xFFFF) for shift in (0, 16, 32, 48)]
+        return [x for m in pieces for x in (m, m * m, m * leads)]
 
-    def compare_replicas(self, reduced: Sequence[float]) -> None:
-        """Compare this rank's vector with rank 0's; a difference is reported in the next status word, to all ranks."""
-        self._diverged = list(reduced) != self._fingerprint
+    def same(self, reduced: Sequence[float]) -> bool:
+        """Whether all ranks gave the same mark, from its reduced numbers; the same answer on every rank."""
+        sums = zip(reduced[::3], reduced[1::3], reduced[2::3], strict=True)
+        return all(square - 2 * m * total + self.comm.size * m * m == 0 for total, square, m in sums)
+
+    def require_same(self, facts: Mapping[str, str], *, failure: BaseException | None = None) -> None:
+        """Raise RanksDifferError on every rank unless these facts are the same on all; one small collective if they are.
+
+        Args:
+            facts: Name to value, in the order in which a difference is looked for.
+            failure: What went wrong on this rank; it is raised on every rank instead.
+        """
+        if not self.same(self.reduce(self.mark(mark_of(facts)), failure=failure)):
+            self.raise_difference(facts)
+
+    def raise_difference(self, facts: Mapping[str, str]) -> None:
+        """Raise RanksDifferError naming the first fact and rank that differ from rank 0; return if none does. Collective."""
+        everyone: list[Mapping[str, str]] = self.comm.gather_objects(dict(facts))
+        for rank, theirs in enumerate(everyone):
+            for name in [*everyone[0], *(n for n in theirs if n not in everyone[0])]:
+                here, there = everyone[0].get(name, "absent"), theirs.get(name, "absent")
+                if here != there:
+                    raise RanksDifferError(
+                        rank,
+                        f"rank {rank} differs from rank 0 in {name}: {there} there, {here} on rank 0; give every rank the same "
+                        "code, settings and data",
+                    )
+
+    def require_replicas(self, vector: Tensor) -> None:
+        """Raise ReplicasDivergedError, or return if every rank holds the bits of rank 0. Collective."""
+        marks = self.comm.gather_objects(fingerprint(vector))
+        wrong = [r for r, mark in enumerate(marks) if mark != marks[0]]
+        if wrong:
+            raise ReplicasDivergedError(
+                f"the parameters of rank {', '.join(map(str, wrong))} differ from those of rank 0; give all ranks the same seed "
+                "and the same initial weights, and move parameters only through the optimizer"
+            )
 
     def synchronise(self, vector: Tensor, numbers: Sequence[float]) -> tuple[list[float], float]:
         """Give every rank rank 0's bits of a vector and of a few numbers that were computed alike on all.
 
-        Two collectives of a few numbers when they agree, as they do on like hardware; a broadcast more when not.
+        One collective of a few numbers when they agree, as they do on like hardware; a broadcast more when not.
 
         Returns:
             Rank 0's numbers, and the largest relative distance of a rank's vector from rank 0's (0.0 if none differs).
         """
-        mark = self.expect_replicas(vector)
         leads = self.comm.rank == 0
-        reduced = self.reduce([*mark, *(n if leads else 0.0 for n in numbers)])
-        differs = reduced[: len(mark)] != self._fingerprint
+        reduced = self.reduce([*self.mark(fingerprint(vector)), *(n if leads else 0.0 for n in numbers)])
         distance = 0.0
-        if self.reduce([float(differs)])[0]:
+        if not self.same(reduced[: self.MARK]):
             mine = vector.clone()
             self.comm.broadcast(vector)
             scale = float(torch.linalg.vector_norm(vector)) or 1.0
             apart = float(torch.linalg.vector_norm(mine - vector)) / scale
             distance = max(self.comm.gather_objects(apart))
-        return reduced[len(mark) :], distance
+        return reduced[self.MARK :], distance
 
     def _note_stop(self, interrupted: float, late: float) -> None:
         if interrupted:
@@ -210,20 +243,25 @@ class Coordinator:
 
     def _raise_failure(self) -> None:
         reports = self.comm.gather_objects(_report(self._failure))
-        rank, (host, own, message, trace) = next((r, report) for r, report in enumerate(reports) if report)
-        if own is not None:
-            raise own(message if self.comm.size == 1 else f"rank {rank}: {message}") from self._failure
+        rank, report = next((r, report) for r, report in enumerate(reports) if report)
+        if report.kind is not None:
+            raise report.kind(
+                report.words if self.comm.size == 1 else f"rank {rank}: {report.words}"
+            ) from self._failure
         if self.comm.size == 1 and self._failure is not None:
             raise self._failure
-        raise RankError(rank, host, message, trace) from self._failure
+        raise RankError(rank, report.host, report.words, report.trace, report.micro_batch) from self._failure
 
-    def _raise_diverged(self) -> None:
-        wrong = [r for r, bad in enumerate(self.comm.gather_objects(self._diverged)) if bad]
-        self._diverged = False
-        raise ReplicasDivergedError(
-            f"the parameters of rank {', '.join(map(str, wrong))} differ from those of rank 0; give all ranks the same seed "
-            "and the same initial weights, and move parameters only through the optimizer"
-        )
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Report:
+    """What one rank tells of its failure; ``kind`` where the error is one that dhf itself raises for its user."""
+
+    host: str
+    kind: type[Exception] | None
+    words: str
+    trace: str
+    micro_batch: int | None
 
 
 def capture(function: Callable[[], T]) -> tuple[T | None, Exception | None]:
@@ -234,18 +272,27 @@ def capture(function: Callable[[], T]) -> tuple[T | None, Exception | None]:
         return None, error
 
 
-def _report(failure: BaseException | None) -> tuple[str, type[Exception] | None, str, str] | None:
+def _report(failure: BaseException | None) -> _Report | None:
     if failure is None:
         return None
-    trace = "".join(traceback.format_exception(failure))
-    own = next((kind for kind in (UsageError, StaleGraphError) if isinstance(failure, kind)), None)
+    kind = next((k for k in (UsageError, StaleGraphError) if isinstance(failure, k)), None)
     words = str(failure).strip() or type(failure).__name__
-    return socket.gethostname(), own, words if own else f"{type(failure).__name__}: {words}", trace
+    if kind is None:
+        words = f"{type(failure).__name__}: {words}"
+    if isinstance(failure, (MemoryError, torch.OutOfMemoryError)):
+        words += "; out of memory: use more ranks, a smaller batch, or a smaller curvature fraction"
+    trace = "".join(traceback.format_exception(failure))
+    return _Report(socket.gethostname(), kind, words, trace, getattr(failure, "micro_batch", None))
 
 
-def _fingerprint(vector: Tensor) -> list[float]:
-    """64 bits of a vector's bits, as four integers that float64 holds exactly."""
+def mark_of(facts: Mapping[str, str]) -> int:
+    """A 64-bit hash of names and values."""
+    text = "".join(f"{name}\0{value}\0" for name, value in facts.items())
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def fingerprint(vector: Tensor) -> int:
+    """A 64-bit hash of a vector's bits."""
     bits = vector.detach().contiguous().view(torch.int64 if vector.element_size() == 8 else torch.int32).long()
     weights = torch.arange(1, bits.numel() + 1, device=bits.device) * 0x9E3779B1
-    total = int((bits * weights).sum()) & 0xFFFFFFFFFFFFFFFF  # wraps modulo 2^64, the same on every device
-    return [float(total >> shift & 0xFFFF) for shift in (0, 16, 32, 48)]
+    return int((bits * weights).sum()) & 0xFFFFFFFFFFFFFFFF  # wraps modulo 2^64, the same on every device

@@ -6,6 +6,7 @@ __all__ = [
     "CommunicationError",
     "NonFiniteError",
     "RankError",
+    "RanksDifferError",
     "ReplicasDivergedError",
     "StaleGraphError",
     "UsageError",
@@ -24,8 +25,34 @@ class NonFiniteError(ArithmeticError):
     """A loss, gradient or product holds NaN or infinity; the text names the ranks."""
 
 
+class RanksDifferError(UsageError):
+    """Two ranks were given different settings, data, models or versions, found before anything was computed with them.
+
+    Attributes:
+        rank: The first rank that differs from rank 0.
+    """
+
+    def __init__(self, rank: int, message: str) -> None:
+        super().__init__(message)
+        self.rank = rank
+
+
 class CommunicationError(RuntimeError):
-    """The ranks cannot reach one another any more; the communicator is unusable."""
+    """The ranks cannot reach one another any more; the communicator is unusable.
+
+    Attributes:
+        missing: The ranks that did not answer a roll-call after the failure; empty where nobody could be asked.
+        survivors: The ranks that did, this one included.
+    """
+
+    def __init__(self, message: str, missing: tuple[int, ...] = (), survivors: tuple[int, ...] = ()) -> None:
+        super().__init__(message)
+        self.missing, self.survivors = missing, survivors
+
+    @property
+    def rank(self) -> int | None:
+        """The first missing rank, or None."""
+        return self.missing[0] if self.missing else None
 
 
 class ReplicasDivergedError(RuntimeError):
@@ -39,20 +66,14 @@ class RankError(RuntimeError):
         rank: The first rank that failed.
         host: Its host name.
         traceback: The failing rank's traceback as text.
+        micro_batch: The index of the micro-batch it failed in, within its shard; None outside of one.
     """
 
-    def __init__(self, rank: int, host: str, message: str, traceback: str = "") -> None:
-        super().__init__(f"rank {rank} ({host}) failed: {message}")
-        self.rank = rank
-        self.host = host
-        self.traceback = traceback
+    def __init__(self, rank: int, host: str, message: str, traceback: str = "", micro_batch: int | None = None) -> None:
+        where = "" if micro_batch is None else f" in its micro-batch {micro_batch}"
+        super().__init__(f"rank {rank} ({host}) failed{where}: {message}")
+        self.rank, self.host, self.traceback, self.micro_batch = rank, host, traceback, micro_batch
+        self._message = message
 
     def __reduce__(self) -> tuple:
-        return _rank_error, (type(self), self.rank, self.host, self.traceback, self.args)
-
-
-def _rank_error(cls: type[RankError], rank: int, host: str, traceback: str, args: tuple) -> RankError:
-    error: RankError = RankError.__new__(cls)
-    error.args = args
-    error.rank, error.host, error.traceback = rank, host, traceback
-    return error
+        return type(self), (self.rank, self.host, self._message, self.traceback, self.micro_batch)

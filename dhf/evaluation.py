@@ -25,6 +25,7 @@ __all__ = [
     "full_precision",
     "micro_batch_seeds",
     "moving_buffers",
+    "naming_micro_batch",
     "reproducible",
     "stream_seed",
     "twice_differentiable",
@@ -39,6 +40,17 @@ def stream_seed(*key: int) -> int:
 def micro_batch_seeds(seed: int, rank: int, number: int) -> list[int]:
     """One seed for each of a rank's micro-batches, the same in graphs and at trial points."""
     return [stream_seed(seed, seed >> 32, rank, j) for j in range(number)]
+
+
+@contextlib.contextmanager
+def naming_micro_batch(index: int) -> Iterator[None]:
+    """Note on an exception which micro-batch it came from, as its attribute ``micro_batch``."""
+    try:
+        yield
+    except Exception as error:
+        with contextlib.suppress(AttributeError):  # an exception type may have slots
+            error.micro_batch = index  # type: ignore[attr-defined]
+        raise
 
 
 @contextlib.contextmanager
@@ -133,13 +145,14 @@ def evaluate(
     """This rank's ``Σ count·loss`` and ``Σ count`` over its micro-batches, in float64; no weight decay, no graph."""
     total = torch.zeros((), dtype=torch.float64, device=device)
     weight = 0.0
-    for batch, seed in zip(batches, seeds, strict=True):
-        count = objective.count(batch)
-        if count == 0:
-            continue
-        with reproducible(objective, device, seed), twice_differentiable(objective.module, device):
-            total += objective.loss(objective.outputs(batch), batch).double() * count
-        weight += count
+    for j, (batch, seed) in enumerate(zip(batches, seeds, strict=True)):
+        with naming_micro_batch(j):
+            count = objective.count(batch)
+            if count == 0:
+                continue
+            with reproducible(objective, device, seed), twice_differentiable(objective.module, device):
+                total += objective.loss(objective.outputs(batch), batch).double() * count
+            weight += count
     return total.item(), weight
 
 

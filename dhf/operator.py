@@ -8,6 +8,7 @@ One all-reduce per product: every rank sums its micro-batches into one flat buff
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Iterable
 from types import TracebackType
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dhf.comm import Communicator, Serial
-from dhf.coordinator import Coordinator, Verdict, capture
+from dhf.coordinator import Coordinator, Verdict, capture, fingerprint, mark_of
 from dhf.curvature import FisherGraph, GaussNewtonGraph, GradientGraph, HessianGraph, ShardCurvature
 from dhf.curvature.shard import BuildGraph
 from dhf.errors import NonFiniteError, StaleGraphError, UsageError
@@ -49,12 +50,16 @@ class GlobalOperator:
         gradient: The global gradient, shape (n,), the parameters' dtype and device.
         count: Samples (or their total weight) over all ranks.
         products: Products taken so far.
+        seconds_computing: Time this rank has spent in its own part of the products. On a GPU, in handing the work over.
+        seconds_waiting: Time it has spent in their all-reduces, waiting for other ranks and for the network.
         space: The inner products of these vectors.
 
     Raises:
         UsageError: If the module, the loss or a batch cannot be used; on every rank, naming the rank that found it.
         NonFiniteError: If the loss or gradient is not finite.
         RankError: If code failed on a rank.
+        RanksDifferError: If the ranks' parameters differ in name, shape or dtype.
+        ReplicasDivergedError: If they differ in value.
     """
 
     def __init__(
@@ -76,6 +81,13 @@ class GlobalOperator:
         check_module(objective.module)
         self.parameters = Parameters(objective.module)
         self._decay = objective.weight_decay
+        self.seconds_computing = self.seconds_waiting = 0.0
+        self._facts = {
+            **self.parameters.facts(),
+            "curvature": getattr(getattr(build, "func", build), "__name__", type(build).__name__),
+            "weight decay": repr(self._decay),
+            "seed": str(seed),
+        }
 
         def build_shard() -> ShardCurvature:
             pieces = list(batches)
@@ -136,6 +148,7 @@ class GlobalOperator:
         """
         n = self.parameters.numel
         product, word = self._buffer[:n], self._buffer[n:]
+        began = time.perf_counter()
         if failure is None:
             _, failure = capture(lambda: self._multiply(v, product))
         if failure is not None:
@@ -143,9 +156,12 @@ class GlobalOperator:
         finite = product.sum()
         moved = self._shard.moved() if self._shard is not None and failure is None else None
         self._coordinator.fill(word, proposal=proposal, failure=failure, finite=finite, moved=moved)
+        computed = time.perf_counter()
         self.comm.all_reduce(self._buffer)
         verdict = self._coordinator.read(word)
         self.products += 1
+        self.seconds_computing += computed - began
+        self.seconds_waiting += time.perf_counter() - computed
         if self._decay:
             product.add_(v, alpha=self._decay)
         return product, verdict
@@ -184,10 +200,12 @@ class GlobalOperator:
         sums = [shard.loss_sum, shard.count] if shard is not None else [0.0, 0.0]
         # the decay term is rank 0's alone, so that every rank holds the same bits of the loss
         decay = 0.5 * self._decay * float(theta.double().square().sum()) if comm.rank == 0 else 0.0
-        mark = coordinate.expect_replicas(theta)
+        mark = coordinate.mark(mark_of(self._facts) ^ fingerprint(theta))
         loss_sum, total, decay, *rest = coordinate.reduce([*sums, decay, *places, *mark], failure=failure)
         assert shard is not None
-        coordinate.compare_replicas(rest[comm.size :])
+        if not coordinate.same(rest[comm.size :]):
+            coordinate.raise_difference(self._facts)
+            coordinate.require_replicas(theta)
         rows = [int(r) for r in rest[: comm.size]]
         self.count, self.rows = total, rows
         n = self.parameters.numel

@@ -48,6 +48,14 @@ class Parameters:
         self.dtype: torch.dtype = self.tensors[0].dtype
         self.device: torch.device = self.tensors[0].device
 
+    def facts(self) -> dict[str, str]:
+        """What must be the same on all ranks: each parameter's dtype and shape, by name."""
+        named = zip(self.names, self.tensors, strict=True)
+        return {
+            "number of parameters": str(len(self.names)),
+            **{f"parameter {name!r}": f"{str(p.dtype).removeprefix('torch.')} {tuple(p.shape)}" for name, p in named},
+        }
+
     def split(self, flat: Tensor) -> list[Tensor]:
         """Views of a flat vector of shape (n,), each with the shape of its parameter."""
         # one call into torch; a Python loop over narrow() and view() costs as much as a small product

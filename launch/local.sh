@@ -30,8 +30,5 @@ fi
 
 CORES=$("$VENV/bin/python" -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((CORES > RANKS ? CORES / RANKS : 1))}
-if [ -d /sys/class/net/lo ]; then
-  export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-lo}
-fi
 exec "$VENV/bin/python" "$ROOT/launch/torchrun.py" --standalone --local-addr=127.0.0.1 --nproc-per-node="$RANKS" \
   -m dhf.train "$@"

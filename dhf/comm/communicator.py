@@ -19,6 +19,7 @@ class Communicator(Protocol):
         device: Where this rank's tensors live.
         backend: ``"serial"``, ``"gloo"`` or ``"nccl"``.
         collectives: Tensor collectives started so far; object gathers and barriers are not counted.
+        attempt: How often the launcher has restarted the ranks.
     """
 
     rank: int
@@ -26,6 +27,7 @@ class Communicator(Protocol):
     device: torch.device
     backend: str
     collectives: int
+    attempt: int
 
     def all_reduce(self, buffer: Tensor) -> None:
         """Sum a contiguous float32, float64 or int64 tensor over the ranks, in place.
@@ -33,7 +35,7 @@ class Communicator(Protocol):
         Every rank receives the same bits. Shapes and dtypes must agree.
 
         Raises:
-            CommunicationError: If a rank is gone or the timeout has passed.
+            CommunicationError: If a rank is gone or the timeout has passed; it names the ranks that are missing.
         """
 
     def broadcast(self, buffer: Tensor, source: int = 0) -> None:
@@ -44,6 +46,9 @@ class Communicator(Protocol):
 
     def barrier(self, timeout: float | None = None) -> None:
         """Wait for every rank, at most ``timeout`` seconds; the error names the ranks that did not come."""
+
+    def remember(self, name: str, value: str) -> str:
+        """The value first given under this name by any rank in any attempt of this launch; not a collective."""
 
     def close(self) -> None:
         """Leave the group and free its sockets. Calling it twice does nothing."""

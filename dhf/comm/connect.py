@@ -7,7 +7,7 @@ import datetime
 import os
 import re
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,7 +15,8 @@ import torch.distributed as dist
 
 from dhf.comm.serial import Serial
 from dhf.comm.torch_distributed import TorchDistributed
-from dhf.errors import CommunicationError, UsageError
+from dhf.errors import CommunicationError, RanksDifferError, UsageError
+from dhf.version import __version__
 
 if TYPE_CHECKING:
     from dhf.comm.communicator import Communicator
@@ -71,6 +72,7 @@ def connect(
 
     Raises:
         UsageError: If the environment or the request contradicts itself.
+        RanksDifferError: If the ranks run different versions of dhf or torch.
         CommunicationError: If the other ranks do not come in time.
 
     Example:
@@ -86,13 +88,47 @@ def connect(
     if launch.size > 1 and backend == "serial":
         raise UsageError(f"--backend serial is one process, but {launch.size} ranks were started; use --backend gloo")
     backend, place = _choose(launch, backend, device)
+    if backend == "nccl":  # else its watchdog ends the process, and nobody says why
+        os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
     _set_threads(launch, threads)
     if backend == "serial":
         return Serial(place)
     if dist.is_initialized():
-        return TorchDistributed(place, backend, timeout=timeout)
-    store = _store(launch, timeout)
-    return TorchDistributed(place, backend, store=store, rank=launch.rank, size=launch.size, timeout=timeout)
+        comm = TorchDistributed(place, backend, timeout=timeout)
+    else:
+        _stay_on_this_host(launch)
+        base, store = _store(launch, timeout)
+        comm = TorchDistributed(
+            place,
+            backend,
+            store=store,
+            rank=launch.rank,
+            size=launch.size,
+            timeout=timeout,
+            launch_store=base,
+            attempt=int(launch.attempt),
+        )
+    try:
+        check_versions(comm.gather_objects(_versions()))
+    except BaseException:
+        comm.close()
+        raise
+    return comm
+
+
+def check_versions(found: Sequence[Mapping[str, str]]) -> None:
+    """Raise RanksDifferError unless all ranks run the same dhf and torch; one mapping of name to version per rank."""
+    for rank, versions in enumerate(found):
+        for name, version in versions.items():
+            if version != found[0].get(name):
+                raise RanksDifferError(
+                    rank,
+                    f"rank {rank} runs {name} {version} and rank 0 {found[0].get(name)}; install one version on every host",
+                )
+
+
+def _versions() -> dict[str, str]:
+    return {"dhf": __version__, "torch": torch.__version__}
 
 
 def _existing_group() -> Launch | None:
@@ -220,8 +256,16 @@ def _set_threads(launch: Launch, threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def _store(launch: Launch, timeout: float) -> dist.Store:
-    """A store of this attempt's own: the launcher's store still holds the addresses of ranks it has restarted."""
+def _stay_on_this_host(launch: Launch) -> None:
+    """Where all ranks are known to be on one host, let gloo listen on its loopback interface alone."""
+    known = launch.launcher == "slurm" or "LOCAL_WORLD_SIZE" in os.environ
+    loopback = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
+    if known and launch.local_size == launch.size and loopback:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
+
+
+def _store(launch: Launch, timeout: float) -> tuple[dist.Store, dist.Store]:
+    """The launcher's store, and one of this attempt's own: the former still holds the addresses of ranks it has restarted."""
     global _connections
     limit = datetime.timedelta(seconds=timeout)
     key = (launch.address, launch.port, launch.attempt)
@@ -241,7 +285,8 @@ def _store(launch: Launch, timeout: float) -> dist.Store:
             f"{timeout:g} s: {str(error).splitlines()[0]}"
         ) from error
     _connections += 1
-    return dist.PrefixStore(f"dhf/attempt{launch.attempt}/connection{_connections}", _stores[key])
+    base = _stores[key]
+    return base, dist.PrefixStore(f"dhf/attempt{launch.attempt}/connection{_connections}", base)
 
 
 def _check_resolves(host: str) -> None:

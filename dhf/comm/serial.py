@@ -20,7 +20,7 @@ class Serial:
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.rank, self.size, self.backend = 0, 1, "serial"
         self.device = torch.device(device)
-        self.collectives = 0
+        self.collectives = self.attempt = 0
 
     def all_reduce(self, buffer: Tensor) -> None:
         """The sum over one rank is the buffer itself."""
@@ -36,6 +36,10 @@ class Serial:
 
     def barrier(self, timeout: float | None = None) -> None:
         """There is nobody to wait for."""
+
+    def remember(self, name: str, value: str) -> str:
+        """There was no attempt before."""
+        return value
 
     def close(self) -> None:
         """There is nothing to free."""

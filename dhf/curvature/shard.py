@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dhf.errors import UsageError
-from dhf.evaluation import full_precision, reproducible, twice_differentiable
+from dhf.evaluation import full_precision, naming_micro_batch, reproducible, twice_differentiable
 from dhf.objective import Objective, rows
 from dhf.parameters import Parameters
 
@@ -79,17 +79,19 @@ class ShardCurvature:
         self.rows = 0
         self.gradient_sum = torch.zeros(parameters.numel, dtype=parameters.dtype, device=parameters.device)
         losses = torch.zeros((), dtype=torch.float64, device=parameters.device)
-        for batch, seed in zip(batches, seeds, strict=True):
-            count = objective.count(batch)
-            if count == 0:
-                with contextlib.suppress(UsageError):
-                    self.rows += rows(batch)
-                continue
-            with (
-                reproducible(objective, parameters.device, seed, move_buffers=move_buffers),
-                twice_differentiable(objective.module, parameters.device),
-            ):
-                graph = build(objective, parameters, batch)
+        self._indices: list[int] = []
+        for j, (batch, seed) in enumerate(zip(batches, seeds, strict=True)):
+            with naming_micro_batch(j):
+                count = objective.count(batch)
+                if count == 0:
+                    with contextlib.suppress(UsageError):
+                        self.rows += rows(batch)
+                    continue
+                with (
+                    reproducible(objective, parameters.device, seed, move_buffers=move_buffers),
+                    twice_differentiable(objective.module, parameters.device),
+                ):
+                    graph = build(objective, parameters, batch)
             losses += graph.loss.double() * count
             for view, piece in zip(parameters.split(self.gradient_sum), graph.gradient, strict=True):
                 view.add_(piece, alpha=count)
@@ -97,6 +99,7 @@ class ShardCurvature:
             self._graphs.append(graph)
             self._counts.append(count)
             self._places.append(self.rows)
+            self._indices.append(j)
             self.rows += graph.rows
         self.loss_sum = losses.item()
         self.count = sum(self._counts)
@@ -105,8 +108,9 @@ class ShardCurvature:
     def begin(self, total: float, first_row: int) -> None:
         """Take the place among all data: the global sample count, and the index of this shard's first row."""
         self._weights = [count / total for count in self._counts]
-        for graph, place in zip(self._graphs, self._places, strict=True):
-            graph.begin(first_row + place)
+        for graph, place, j in zip(self._graphs, self._places, self._indices, strict=True):
+            with naming_micro_batch(j):
+                graph.begin(first_row + place)
 
     def product(self, v: Tensor, out: Tensor) -> None:
         """This shard's share of the global product, ``Σ count/total · A_j v``, into ``out`` of shape (n,).
@@ -120,7 +124,8 @@ class ShardCurvature:
             out.zero_()
         with full_precision(self._parameters.device):
             for j, (graph, weight) in enumerate(zip(self._graphs, self._weights, strict=True)):
-                pieces = graph.product(pieces_of_v)
+                with naming_micro_batch(self._indices[j]):
+                    pieces = graph.product(pieces_of_v)
                 if j == 0:
                     self._parameters.flatten(pieces, out=out)
                     if weight != 1.0:

@@ -28,13 +28,13 @@ from dhf.comm import Communicator, Serial
 from dhf.coordinator import Coordinator, capture
 from dhf.curvature import FisherGraph, GaussNewtonGraph, GradientGraph, HessianGraph
 from dhf.curvature.shard import BuildGraph
-from dhf.errors import ReplicasDivergedError, UsageError
-from dhf.evaluation import evaluate, micro_batch_seeds, moving_buffers, stream_seed
+from dhf.errors import UsageError
+from dhf.evaluation import moving_buffers, stream_seed
 from dhf.objective import Objective, rows, select
 from dhf.operator import GlobalOperator
-from dhf.optim.damping import LevenbergMarquardt, reduction_ratio, rounding
-from dhf.optim.line_search import armijo, backtrack
+from dhf.optim.damping import LevenbergMarquardt, reduction_ratio
 from dhf.optim.report import StepReport
+from dhf.optim.trial import Point, Trial
 from dhf.parameters import Parameters
 from dhf.preconditioners import jacobi
 from dhf.reason import Reason
@@ -50,9 +50,6 @@ Precondition = Callable[[Tensor], Tensor]
 MakePreconditioner = Callable[[GlobalOperator, float], Precondition]
 
 _NOT_TAKEN = (Reason.INTERRUPTED, Reason.TIME_LIMIT)
-
-# replicas of a solve that differ by more than this did not merely round differently
-_ROUNDING_APART = 1e-3
 
 
 class HessianFree(torch.optim.Optimizer):
@@ -188,7 +185,7 @@ class HessianFree(torch.optim.Optimizer):
 
     def _move(self, work: _Step, solve: Solution, products: int) -> StepReport:
         damping = self.damping
-        trial = _Trial(work, damping)
+        trial = Trial(work.point(), damping)
         chosen, f1, length, f = trial.search(_descents(solve))
         ratio = reduction_ratio(work.loss, f1, chosen.predicted, self._eps)
         report = work.report(
@@ -265,6 +262,19 @@ class _Step:
         with self._operator(self._graph(), chosen) as curvature:
             return self._solve_on(curvature)
 
+    def point(self) -> Point:
+        """Where the step starts, for the search."""
+        return Point(
+            self.objective,
+            self.parameters,
+            self.coordinator,
+            self.shard,
+            self.seed,
+            self.theta,
+            self.loss,
+            self.gradient,
+        )
+
     def report(
         self,
         reason: Reason,
@@ -314,75 +324,6 @@ class _Step:
         if self.optimizer.curvature == "fisher":
             return functools.partial(FisherGraph, seed=self.seed)
         return GaussNewtonGraph if self.optimizer.curvature == "ggn" else HessianGraph
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Descent:
-    """A direction with rank 0's numbers: ``gᵀd``, and the undamped model's prediction ``gᵀd + ½dᵀBd``."""
-
-    x: Tensor
-    slope: float
-    predicted: float
-
-
-class _Trial:
-    """Objective values around one θ, the same on every rank; parameters are left where the search ended."""
-
-    def __init__(self, step: _Step, damping: float) -> None:
-        self._step, self._lambda = step, damping
-        comm = step.coordinator.comm
-        self._seeds = micro_batch_seeds(step.seed, comm.rank, len(step.shard))
-        self.evaluations = 0
-
-    def search(self, iterates: Sequence[Iterate]) -> tuple[_Descent, float, float, float]:
-        """The direction chosen, f at step length 1, the step length (0 if none serves), and f there."""
-        step = self._step
-        tolerance = rounding(step.loss, step.optimizer._eps)
-        descents: dict[int, _Descent] = {}
-
-        def at_iterate(i: int) -> float:
-            descents[i] = self._agree_on(iterates[i])
-            return self._value(descents[i].x, 1.0)
-
-        try:
-            best, f1 = backtrack(len(iterates), at_iterate)
-            d = descents[best]
-            length, f = 0.0, step.loss
-            if d.slope < 0:
-                length, f = armijo(lambda s: self._value(d.x, s), step.loss, d.slope, f1=f1, tolerance=tolerance)
-        except BaseException:
-            step.parameters.write(step.theta)
-            raise
-        step.parameters.write(step.theta if not length else torch.add(step.theta, d.x, alpha=length))
-        return d, f1, length, f
-
-    def _agree_on(self, iterate: Iterate) -> _Descent:
-        """Give every rank rank 0's direction and numbers."""
-        step = self._step
-        x = iterate.x
-        gx, xx = (float(d) for d in (torch.dot(step.gradient.double(), x.double()), x.double().square().sum()))
-        # CG's model is ½dᵀ(B+λI)d + gᵀd; nan where the direction is not an iterate
-        predicted = iterate.model - 0.5 * self._lambda * xx
-        (slope, predicted), apart = step.coordinator.synchronise(x, [gx, predicted])
-        if not apart <= _ROUNDING_APART:
-            raise ReplicasDivergedError(
-                f"the ranks' solutions of one solve differ by {apart:.1e} relative; on like hardware they are equal: look for "
-                "a rank with other code, data-dependent preconditioning, or faulty memory"
-            )
-        return _Descent(x, slope, predicted)
-
-    def _value(self, d: Tensor, length: float) -> float:
-        step = self._step
-        trial = torch.add(step.theta, d, alpha=length)
-        step.parameters.write(trial)
-        sums, failure = capture(lambda: evaluate(step.objective, step.parameters.device, step.shard, self._seeds))
-        decay = 0.0
-        if step.coordinator.comm.rank == 0 and step.objective.weight_decay:
-            decay = 0.5 * step.objective.weight_decay * float(trial.double().square().sum())
-        loss_sum, weight = sums or (0.0, 0.0)
-        loss_sum, weight, decay = step.coordinator.reduce([loss_sum, weight, decay], failure=failure)
-        self.evaluations += 1
-        return loss_sum / weight + decay
 
 
 def _descents(solve: Solution) -> Sequence[Iterate]:
