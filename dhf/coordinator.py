@@ -24,7 +24,7 @@ import socket
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -65,7 +65,9 @@ class Coordinator:
         WIDTH: Numbers in a status word.
         MARK: Numbers in which a mark travels.
         stopping: Reason.INTERRUPTED or Reason.TIME_LIMIT once all ranks know of it, else None.
-        non_finite_ranks: The ranks that put NaN or infinity into the last non-finite product.
+        seconds_waiting: Time this rank has spent in all-reduces: waiting for slower ranks, and for the network. On a GPU with
+            NCCL, whose collectives are queued, this is the time of handing them over.
+        non_finite: The ranks that put NaN or infinity into the last product that held any, each with what its search found.
     """
 
     WIDTH = 8
@@ -81,7 +83,8 @@ class Coordinator:
         self.comm = comm
         self.deadline = deadline
         self.stopping: Reason | None = None
-        self.non_finite_ranks: list[int] = []
+        self.seconds_waiting = 0.0
+        self.non_finite: dict[int, Any] = {}
         self._interrupted = interrupted
         self._failure: BaseException | None = None
         self._finite: Tensor | None = None
@@ -129,8 +132,12 @@ class Coordinator:
         if moved is not None:
             word[_MOVED] = moved.to(word.dtype)
 
-    def read(self, word: Tensor) -> Verdict:
+    def read(self, word: Tensor, *, search: Callable[[], Any] | None = None) -> Verdict:
         """The verdict in a status word that has been summed.
+
+        Args:
+            word: As :meth:`fill` wrote it, summed.
+            search: Called where this rank's contribution is not finite; its answer reaches all ranks, in ``non_finite``.
 
         Raises:
             UsageError, StaleGraphError, RankError: If a rank failed; the same on every rank, naming the first that failed.
@@ -147,10 +154,18 @@ class Coordinator:
         agreed = total[_SQUARES] - 2 * code * total[_SUM] + self.comm.size * code * code == 0
         if total[_NON_FINITE]:
             mine = self._finite is not None and not bool(torch.isfinite(self._finite))
-            self.non_finite_ranks = [r for r, bad in enumerate(self.comm.gather_objects(mine)) if bad]
+            found = capture(search)[0] if mine and search is not None else None
+            everyone = self.comm.gather_objects((mine, found))
+            self.non_finite = {rank: place for rank, (bad, place) in enumerate(everyone) if bad}
             return Verdict(Reason.NON_FINITE, agreed)
         self._note_stop(total[_INTERRUPTED], total[_LATE])
         return Verdict(leader if leader is not None or not agreed else self.stopping, agreed)
+
+    def all_reduce(self, buffer: Tensor) -> None:
+        """The communicator's sum, timed."""
+        began = time.perf_counter()
+        self.comm.all_reduce(buffer)
+        self.seconds_waiting += time.perf_counter() - began
 
     def reduce(self, values: Sequence[float], *, failure: BaseException | None = None) -> list[float]:
         """Sum a few float64 numbers over the ranks, with the status riding along; identical on every rank.
@@ -162,7 +177,7 @@ class Coordinator:
         if failure is None:
             buffer[: len(values)] = torch.tensor(list(values), dtype=torch.float64)
         self.fill(buffer[len(values) :], failure=failure)
-        self.comm.all_reduce(buffer)
+        self.all_reduce(buffer)
         self.read(buffer[len(values) :])
         return buffer[: len(values)].tolist()
 

@@ -8,8 +8,7 @@ One all-reduce per product: every rank sums its micro-batches into one flat buff
 from __future__ import annotations
 
 import functools
-import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Any
 
@@ -18,7 +17,15 @@ from torch import Tensor
 
 from dhf.comm import Communicator, Serial
 from dhf.coordinator import Coordinator, Verdict, capture, fingerprint, mark_of
-from dhf.curvature import FisherGraph, GaussNewtonGraph, GradientGraph, HessianGraph, ShardCurvature
+from dhf.curvature import (
+    FisherGraph,
+    GaussNewtonGraph,
+    GradientGraph,
+    HessianGraph,
+    NonFinite,
+    ShardCurvature,
+    find_non_finite,
+)
 from dhf.curvature.shard import BuildGraph
 from dhf.errors import NonFiniteError, StaleGraphError, UsageError
 from dhf.evaluation import check_module, micro_batch_seeds
@@ -44,14 +51,13 @@ class GlobalOperator:
         seed: Fixes dropout and other randomness for the operator's life; the same on all ranks.
         coordinator: How ranks agree; made from ``comm`` by default.
         move_buffers: Whether BatchNorm's running statistics follow this forward pass.
+        debug_nonfinite: Whether to search for the sample where a loss, gradient or product is not finite.
 
     Attributes:
         loss: The global objective, weight decay included. Float.
         gradient: The global gradient, shape (n,), the parameters' dtype and device.
         count: Samples (or their total weight) over all ranks.
         products: Products taken so far.
-        seconds_computing: Time this rank has spent in its own part of the products. On a GPU, in handing the work over.
-        seconds_waiting: Time it has spent in their all-reduces, waiting for other ranks and for the network.
         space: The inner products of these vectors.
 
     Raises:
@@ -72,6 +78,7 @@ class GlobalOperator:
         seed: int = 0,
         coordinator: Coordinator | None = None,
         move_buffers: bool = False,
+        debug_nonfinite: bool = False,
     ) -> None:
         comm = comm if comm is not None else coordinator.comm if coordinator else _serial_for(objective)
         self._coordinator = coordinator or Coordinator(comm)
@@ -81,7 +88,6 @@ class GlobalOperator:
         check_module(objective.module)
         self.parameters = Parameters(objective.module)
         self._decay = objective.weight_decay
-        self.seconds_computing = self.seconds_waiting = 0.0
         self._facts = {
             **self.parameters.facts(),
             "curvature": getattr(getattr(build, "func", build), "__name__", type(build).__name__),
@@ -89,9 +95,13 @@ class GlobalOperator:
             "seed": str(seed),
         }
 
+        self._search: Callable[[Tensor | None], NonFinite | None] | None = None
+
         def build_shard() -> ShardCurvature:
             pieces = list(batches)
             seeds = micro_batch_seeds(seed, comm.rank, len(pieces))
+            if debug_nonfinite:
+                self._search = functools.partial(find_non_finite, objective, self.parameters, pieces, seeds, build)
             return ShardCurvature(objective, self.parameters, pieces, seeds, build, move_buffers=move_buffers)
 
         shard, failure = capture(build_shard)
@@ -132,8 +142,7 @@ class GlobalOperator:
         """
         product, verdict = self.apply(v)
         if verdict.reason is Reason.NON_FINITE:
-            ranks = ", ".join(map(str, self._coordinator.non_finite_ranks))
-            raise NonFiniteError(f"the product holds NaN or infinity, from rank {ranks}; look at its data")
+            raise NonFiniteError(f"the product holds NaN or infinity, from {self.non_finite_words()}; look at its data")
         return product.clone()
 
     def apply(
@@ -148,7 +157,6 @@ class GlobalOperator:
         """
         n = self.parameters.numel
         product, word = self._buffer[:n], self._buffer[n:]
-        began = time.perf_counter()
         if failure is None:
             _, failure = capture(lambda: self._multiply(v, product))
         if failure is not None:
@@ -156,15 +164,21 @@ class GlobalOperator:
         finite = product.sum()
         moved = self._shard.moved() if self._shard is not None and failure is None else None
         self._coordinator.fill(word, proposal=proposal, failure=failure, finite=finite, moved=moved)
-        computed = time.perf_counter()
-        self.comm.all_reduce(self._buffer)
-        verdict = self._coordinator.read(word)
+        self._coordinator.all_reduce(self._buffer)
+        verdict = self._coordinator.read(word, search=self._searching(v))
         self.products += 1
-        self.seconds_computing += computed - began
-        self.seconds_waiting += time.perf_counter() - computed
         if self._decay:
             product.add_(v, alpha=self._decay)
         return product, verdict
+
+    @property
+    def non_finite(self) -> dict[int, NonFinite | None]:
+        """The ranks that put NaN or infinity into the last product that held any; with the sample where one was looked for."""
+        return self._coordinator.non_finite
+
+    def non_finite_words(self) -> str:
+        """:attr:`non_finite` in words."""
+        return ", ".join(f"rank {r} ({place})" if place else f"rank {r}" for r, place in self.non_finite.items())
 
     def shifted(self, damping: float) -> Shifted:
         """``A + damping·I``, on the same graphs."""
@@ -183,6 +197,9 @@ class GlobalOperator:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _searching(self, v: Tensor | None) -> Callable[[], NonFinite | None] | None:
+        return None if self._search is None else functools.partial(self._search, v)
 
     def _multiply(self, v: Tensor, out: Tensor) -> None:
         if self._shard is None:
@@ -214,15 +231,14 @@ class GlobalOperator:
         gradient.copy_(shard.gradient_sum).mul_(1.0 / total if total else 0.0)
         finite = gradient.sum() + shard.loss_sum
         coordinate.fill(word, failure=failure, finite=finite)
-        comm.all_reduce(self._buffer)
-        verdict = coordinate.read(word)
+        coordinate.all_reduce(self._buffer)
+        verdict = coordinate.read(word, search=self._searching(None))
         self.loss = loss_sum / total + decay
         self.gradient = gradient.clone().add_(theta, alpha=self._decay)
         if verdict.reason is Reason.NON_FINITE:
-            ranks = ", ".join(map(str, coordinate.non_finite_ranks))
             raise NonFiniteError(
-                f"the loss is {self.loss:g} and its gradient not finite, from rank {ranks}; look for NaN in the data, "
-                "a loss that overflows, or too large initial weights"
+                f"the loss is {self.loss:g} and its gradient not finite, from {self.non_finite_words()}; look for NaN in the "
+                "data, a loss that overflows, or too large initial weights"
             )
 
     @staticmethod
@@ -275,7 +291,7 @@ class Hessian(GlobalOperator):
         objective: What is differentiated.
         batches: This rank's micro-batches.
         comm: How ranks talk; one process by default.
-        **options: ``seed``, ``coordinator``, ``move_buffers`` as in :class:`GlobalOperator`.
+        **options: ``seed``, ``coordinator``, ``move_buffers``, ``debug_nonfinite`` as in :class:`GlobalOperator`.
 
     Example:
         >>> import torch
@@ -323,7 +339,7 @@ class Fisher(GlobalOperator):
         comm: How ranks talk; one process by default.
         samples: Labels drawn per sample.
         seed: Names the labels; the same on all ranks.
-        **options: ``coordinator``, ``move_buffers`` as in :class:`GlobalOperator`.
+        **options: ``coordinator``, ``move_buffers``, ``debug_nonfinite`` as in :class:`GlobalOperator`.
     """
 
     def __init__(

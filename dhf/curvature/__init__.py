@@ -4,6 +4,16 @@ from dhf.curvature.fisher import FisherGraph
 from dhf.curvature.gauss_newton import GaussNewtonGraph
 from dhf.curvature.gradient import GradientGraph
 from dhf.curvature.hessian import HessianGraph
+from dhf.curvature.non_finite import NonFinite, find_non_finite
 from dhf.curvature.shard import Graph, ShardCurvature
 
-__all__ = ["FisherGraph", "GaussNewtonGraph", "GradientGraph", "Graph", "HessianGraph", "ShardCurvature"]
+__all__ = [
+    "FisherGraph",
+    "GaussNewtonGraph",
+    "GradientGraph",
+    "Graph",
+    "HessianGraph",
+    "NonFinite",
+    "ShardCurvature",
+    "find_non_finite",
+]

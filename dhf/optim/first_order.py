@@ -44,6 +44,7 @@ class FirstOrder:
         self.objective, self.coordinator = objective, coordinator
         self.parameters = Parameters(objective.module)
         self._seed, self._steps = seed, 0
+        self._method, self._learning_rate = method, learning_rate
         tensors = self.parameters.tensors
         self._optimizer: torch.optim.Optimizer
         if method == "adam":
@@ -60,9 +61,16 @@ class FirstOrder:
 
     def step(self, batches: Iterable[Any]) -> StepReport:
         """One step of the method: one gradient for Adam, up to 20 iterations for L-BFGS."""
-        began = time.perf_counter()
+        began, waited = time.perf_counter(), self.coordinator.seconds_waiting
         shard, failure = capture(lambda: list(batches))
-        self.coordinator.reduce([], failure=failure)
+        facts = {
+            **self.parameters.facts(),
+            "method": self._method,
+            "learning rate": repr(self._learning_rate),
+            "seed": repr(self._seed),
+            "step": repr(self._steps),
+        }
+        self.coordinator.require_same(facts, failure=failure)
         assert shard is not None
         seed = stream_seed(self._seed, self._steps)
         seen: list[tuple[float, float]] = []
@@ -91,8 +99,8 @@ class FirstOrder:
         loss_after, _ = loss_and_gradient(self.objective, shard, coordinator=self.coordinator, seed=seed)
         loss, norm = seen[0]
         reason = Reason.STEP_ACCEPTED if norm else Reason.GRADIENT_ZERO
-        seconds = time.perf_counter() - began
-        return StepReport(reason, loss, loss_after, norm, 1.0, 0.0, math.nan, None, 0, len(seen), seconds)
+        seconds, waiting = time.perf_counter() - began, self.coordinator.seconds_waiting - waited
+        return StepReport(reason, loss, loss_after, norm, 1.0, 0.0, math.nan, None, 0, len(seen), seconds, waiting)
 
     def state_dict(self) -> dict[str, Any]:
         """The method's own state, and the step number."""

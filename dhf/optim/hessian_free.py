@@ -13,6 +13,7 @@ Every number that decides anything is a sum over ranks, or rank 0's, so that all
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -26,9 +27,9 @@ from torch import Tensor
 
 from dhf.comm import Communicator, Serial
 from dhf.coordinator import Coordinator, capture
-from dhf.curvature import FisherGraph, GaussNewtonGraph, GradientGraph, HessianGraph
+from dhf.curvature import FisherGraph, GaussNewtonGraph, GradientGraph, HessianGraph, NonFinite
 from dhf.curvature.shard import BuildGraph
-from dhf.errors import UsageError
+from dhf.errors import NonFiniteError, UsageError
 from dhf.evaluation import moving_buffers, stream_seed
 from dhf.objective import Objective, rows, select
 from dhf.operator import GlobalOperator
@@ -70,6 +71,7 @@ class HessianFree(torch.optim.Optimizer):
         curvature_fraction: Share of the samples that curvature is taken on, in (0, 1]; which samples depends on the seed,
             the step and the samples' order over ranks, not on how many ranks there are.
         seed: Names the random streams (dropout masks, sampled labels, sub-samples, probes); the same on all ranks.
+        debug_nonfinite: Whether to search for the sample where a loss, gradient or product is not finite.
         coordinator: How ranks agree; made from ``comm`` by default.
 
     Raises:
@@ -105,6 +107,7 @@ class HessianFree(torch.optim.Optimizer):
         warm_start_decay: float = 0.95,
         curvature_fraction: float = 1.0,
         seed: int = 0,
+        debug_nonfinite: bool = False,
         coordinator: Coordinator | None = None,
     ) -> None:
         _check_choice("curvature", curvature, CURVATURES)
@@ -133,6 +136,7 @@ class HessianFree(torch.optim.Optimizer):
         }
         self._damping = LevenbergMarquardt(damping)
         self._decay, self._fraction, self._seed = warm_start_decay, curvature_fraction, seed
+        self._debug_nonfinite = debug_nonfinite
         self._steps = 0
         self._last: Tensor | None = None
         self._eps = torch.finfo(self.parameters.dtype).eps
@@ -153,12 +157,12 @@ class HessianFree(torch.optim.Optimizer):
             batches: This rank's micro-batches, each what ``objective.outputs`` takes; none for an empty shard.
 
         Raises:
-            UsageError, NonFiniteError, RankError, ReplicasDivergedError, CommunicationError: On every rank alike; the
-                parameters are then as they were.
+            UsageError, RanksDifferError, NonFiniteError, RankError, ReplicasDivergedError, CommunicationError: On every
+                rank alike; the parameters are then as they were.
         """
-        began = time.perf_counter()
+        began, waited = time.perf_counter(), self.coordinator.seconds_waiting
         shard, failure = capture(lambda: list(batches))
-        self.coordinator.reduce([], failure=failure)
+        self.coordinator.require_same(self._facts(), failure=failure)
         assert shard is not None
         buffers = moving_buffers(self.objective.module)
         kept = [b.clone() for b in buffers]
@@ -171,19 +175,20 @@ class HessianFree(torch.optim.Optimizer):
             _restore(buffers, kept)
         else:
             self._steps += 1
-        return dataclasses.replace(report, seconds=time.perf_counter() - began)
+        seconds, waiting = time.perf_counter() - began, self.coordinator.seconds_waiting - waited
+        return dataclasses.replace(report, seconds=seconds, seconds_waiting=waiting)
 
     def _step_on(self, shard: Sequence[Any]) -> StepReport:
         work = _Step(self, shard, stream_seed(self._seed, self._steps))
-        solve, products = work.solve()
+        solve = work.solve()
         if solve is None:
-            return work.report(Reason.GRADIENT_ZERO, None, 0.0, work.loss, math.nan, products)
+            return work.report(Reason.GRADIENT_ZERO, None, 0.0, work.loss, math.nan)
         if solve.reason in _NOT_TAKEN:
             # a resumed run takes this step again, and so goes the way of a run that was never stopped
-            return work.report(solve.reason, solve, 0.0, work.loss, math.nan, products)
-        return self._move(work, solve, products)
+            return work.report(solve.reason, solve, 0.0, work.loss, math.nan)
+        return self._move(work, solve)
 
-    def _move(self, work: _Step, solve: Solution, products: int) -> StepReport:
+    def _move(self, work: _Step, solve: Solution) -> StepReport:
         damping = self.damping
         trial = Trial(work.point(), damping)
         chosen, f1, length, f = trial.search(_descents(solve))
@@ -194,7 +199,6 @@ class HessianFree(torch.optim.Optimizer):
             length,
             f,
             ratio,
-            products,
             trial.evaluations,
         )
         self._last = chosen.x if length else None
@@ -209,12 +213,31 @@ class HessianFree(torch.optim.Optimizer):
         if callable(self.preconditioner):
             return self.preconditioner(operator, self.damping)
         if self.preconditioner == "jacobi":
-            return jacobi(operator, self.damping, seed=stream_seed(self._seed, self._steps, 1))
+            # a probe that is not finite is so on every rank; the solve goes on without, and meets the same trouble or not
+            with contextlib.suppress(NonFiniteError):
+                return jacobi(operator, self.damping, seed=stream_seed(self._seed, self._steps, 1))
         return None
 
     def warm_start(self) -> Tensor | None:
         """Where this step's CG starts."""
         return None if self._last is None or not self._decay else self._last * self._decay
+
+    def _facts(self) -> dict[str, str]:
+        """The settings that must be the same on all ranks."""
+        preconditioner = self.preconditioner
+        if callable(preconditioner):
+            preconditioner = getattr(preconditioner, "__qualname__", type(preconditioner).__qualname__)
+        return {
+            **self.parameters.facts(),
+            "curvature": self.curvature,
+            "preconditioner": preconditioner,
+            **{f"CG's {name}": repr(value) for name, value in self._solve_options.items()},
+            "damping": repr(self.damping),
+            "warm_start_decay": repr(self._decay),
+            "curvature_fraction": repr(self._fraction),
+            "seed": repr(self._seed),
+            "step": repr(self._steps),
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs to go on exactly: damping, warm start and step number."""
@@ -245,9 +268,11 @@ class _Step:
         self.objective, self.parameters = optimizer.objective, optimizer.parameters
         self.coordinator = optimizer.coordinator
         self.theta = self.parameters.read()
+        self.products = 0
+        self.non_finite: dict[int, NonFinite | None] = {}
 
-    def solve(self) -> tuple[Solution | None, int]:
-        """The solve, or None at a stationary point, and the products it took; no graph is alive when it returns."""
+    def solve(self) -> Solution | None:
+        """The solve, or None at a stationary point; no graph is alive when it returns."""
         optimizer = self.optimizer
         full = optimizer._fraction == 1.0
         with self._operator(self._graph() if full else GradientGraph, self.shard, move_buffers=True) as at:
@@ -255,7 +280,7 @@ class _Step:
             self.gradient_norm = math.sqrt(at.space.dots((at.gradient, at.gradient))[0])
             _average_buffers(optimizer, at)
             if self.gradient_norm == 0:
-                return None, 0
+                return None
             if full:
                 return self._solve_on(at)
             chosen = _subsample(self.shard, at.rows, optimizer.comm.rank, optimizer._fraction, self.seed)
@@ -282,7 +307,6 @@ class _Step:
         length: float,
         loss_after: float,
         ratio: float,
-        products: int,
         evaluations: int = 0,
     ) -> StepReport:
         return StepReport(
@@ -294,12 +318,14 @@ class _Step:
             self.optimizer.damping,
             ratio,
             solve,
-            products,
+            self.products,
             evaluations,
             0.0,
+            0.0,
+            self.non_finite,
         )
 
-    def _solve_on(self, operator: GlobalOperator) -> tuple[Solution, int]:
+    def _solve_on(self, operator: GlobalOperator) -> Solution:
         optimizer = self.optimizer
         solution = cg(
             operator.shifted(optimizer.damping),
@@ -308,7 +334,10 @@ class _Step:
             preconditioner=optimizer.make_preconditioner(operator),
             **optimizer._solve_options,
         )
-        return solution, operator.products
+        self.products = operator.products
+        if solution.reason is Reason.NON_FINITE:
+            self.non_finite = operator.non_finite
+        return solution
 
     def _operator(self, build: BuildGraph, shard: Sequence[Any], *, move_buffers: bool = False) -> GlobalOperator:
         return GlobalOperator(
@@ -318,6 +347,7 @@ class _Step:
             seed=self.seed,
             coordinator=self.coordinator,
             move_buffers=move_buffers,
+            debug_nonfinite=self.optimizer._debug_nonfinite,
         )
 
     def _graph(self) -> BuildGraph:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
+from dhf.curvature import NonFinite
 from dhf.reason import Reason
 from dhf.solvers import Solution
 
@@ -12,7 +14,7 @@ __all__ = ["StepReport"]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class StepReport:
-    """What one step did; the same numbers on every rank, but for seconds.
+    """What one step did; the same numbers on every rank, but for the seconds.
 
     Attributes:
         reason: STEP_ACCEPTED, NO_DECREASE or GRADIENT_ZERO, or why the run must stop.
@@ -26,6 +28,9 @@ class StepReport:
         products: Curvature products taken, those of the preconditioner included.
         evaluations: Objective values taken at trial points.
         seconds: Wall time of the step on this rank.
+        seconds_waiting: Of these, spent in all-reduces; the rest is this rank's own work.
+        non_finite: The ranks whose products held NaN or infinity, if the solve ended NON_FINITE; each with the sample
+            where ``debug_nonfinite`` has looked for one.
     """
 
     reason: Reason
@@ -39,3 +44,5 @@ class StepReport:
     products: int
     evaluations: int
     seconds: float
+    seconds_waiting: float = 0.0
+    non_finite: Mapping[int, NonFinite | None] = dataclasses.field(default_factory=dict)

@@ -322,7 +322,7 @@ def nan_in_products(comm: Communicator, bad: list[int]) -> tuple[str, dhf.Soluti
 
 def test_nan_in_the_products_of_some_ranks() -> None:
     for text, solution in ranks(4, nan_in_products, bad=[1, 3]):
-        assert "from rank 1, 3;" in text
+        assert "from rank 1, rank 3;" in text
         assert solution.reason is dhf.Reason.NON_FINITE
         assert solution.iterations == 0
         assert not solution.x.any()
