@@ -40,6 +40,7 @@ class Reason(enum.IntEnum):
     RANK_FAILED = -10
     COMMUNICATION_FAILED = -11
     UNUSABLE_INPUT = -12
+    NOT_SAVED = -13
 
     @property
     def converged(self) -> bool:
@@ -76,10 +77,11 @@ _ADVICE = {
     ),
     Reason.INDEFINITE_PRECONDITIONER: "The preconditioner is not positive definite: check that M(r)·r > 0 for every r.",
     Reason.NO_DECREASE: "No tried step lowered the objective; parameters were left alone and the damping was raised.",
-    Reason.TIME_LIMIT: "The time budget ran out: raise it, or resume from the checkpoint.",
+    Reason.TIME_LIMIT: "The time budget, or that of the SLURM job, ran out: resume from the checkpoint.",
     Reason.INTERRUPTED: "A stop signal arrived: resume from the checkpoint.",
     Reason.DIVERGED: "The run cannot go on: the objective is non-finite, or step after step found no decrease.",
-    Reason.RANK_FAILED: "A rank failed: its error and traceback are given.",
-    Reason.COMMUNICATION_FAILED: "The ranks lost one another: look for a rank that died or was stopped.",
+    Reason.RANK_FAILED: "A rank failed: its error and traceback are given; mend that, and resume from the checkpoint.",
+    Reason.COMMUNICATION_FAILED: "The ranks lost one another: look at the missing rank, and resume from the checkpoint.",
+    Reason.NOT_SAVED: "The last checkpoint could not be written: make room, and resume from the newest that is whole.",
     Reason.UNUSABLE_INPUT: "A flag, a file or the data cannot be used: the error says which and what to do.",
 }

@@ -27,13 +27,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain(error, EXIT_USAGE)
     from dhf.comm import connect
     from dhf.run.signals import StopSignals
-    from dhf.run.trainer import Trainer
 
-    with StopSignals() as stop, _plain_warnings():
+    # a launcher's death must end its ranks; a shell that started a single process may go
+    launched = "TORCHELASTIC_RUN_ID" in os.environ
+    with StopSignals(config.stop_signals.split(","), watch_parent=launched) as stop, _plain_warnings():
         try:
             comm = connect(config.backend, device=config.device, timeout=config.timeout, threads=config.threads)
         except (UsageError, CommunicationError) as error:
             return _complain(error, EXIT_USAGE if isinstance(error, UsageError) else EXIT_RANKS)
+        from dhf.run.trainer import Trainer
+
         try:
             return Trainer(config, comm, stop).execute()
         finally:

@@ -1,8 +1,14 @@
-"""torchrun for launch/local.sh: the same arguments, the workers' own exit code, and no traceback of the launcher itself."""
+"""torchrun for launch/local.sh: the same arguments, the workers' own exit code, and no traceback of the launcher itself.
+
+SIGUSR2, which schedulers send before a time limit, is passed on to the workers like SIGTERM; torchrun alone would die of it.
+"""
 
 import logging
+import os
 import signal
 import sys
+import tempfile
+from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -10,18 +16,34 @@ from torch.distributed.run import main
 
 RANK_FAILURE = 5
 
+
+def pass_on(number: int, _: object) -> None:
+    """What torchrun itself does on SIGTERM: it ends its workers with this signal, and waits for them."""
+    raise SignalException(f"the launcher got {signal.Signals(number).name}", signal.Signals(number))
+
+
+def launch(arguments: list[str]) -> int:
+    """Run torchrun; the exit code."""
+    signal.signal(signal.SIGUSR2, pass_on)
+    with tempfile.TemporaryDirectory(prefix="dhf-launch-") as folder:
+        told = Path(folder, "exit-code")
+        os.environ["DHF_EXIT_CODE_FILE"] = str(told)
+        try:
+            main(arguments)
+        except ChildFailedError as error:
+            rank, failure = error.get_first_failure()
+            if failure.exitcode >= 0:
+                return failure.exitcode
+            name = signal.Signals(-failure.exitcode).name
+            print(f"error: rank {rank} was ended by {name} (process {failure.pid})", file=sys.stderr)
+            return RANK_FAILURE
+        except SignalException as error:
+            return int(told.read_text()) if told.exists() else 128 + error.sigval
+    return 0
+
+
 if __name__ == "__main__":
     # a worker that fails has said why; the launcher would say at length that it did
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     logging.getLogger("torch.distributed.run").setLevel(logging.ERROR)
-    try:
-        main(sys.argv[1:])
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        if failure.exitcode >= 0:
-            sys.exit(failure.exitcode)
-        name = signal.Signals(-failure.exitcode).name
-        print(f"error: rank {rank} was ended by {name} (process {failure.pid}); the others stopped", file=sys.stderr)
-        sys.exit(RANK_FAILURE)
-    except SignalException as error:
-        sys.exit(128 + error.sigval)
+    sys.exit(launch(sys.argv[1:]))

@@ -7,6 +7,8 @@ the right ones, also with another number of ranks.
 
 from __future__ import annotations
 
+import hashlib
+import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,6 +20,8 @@ from torch.utils.data import Dataset, TensorDataset, default_collate
 from dhf.errors import UsageError
 
 __all__ = ["Shard"]
+
+_HASHED_BYTES = 64 * 2**20
 
 
 class Shard:
@@ -69,6 +73,24 @@ class Shard:
     def sizes(self) -> list[int]:
         """Samples per rank in a full batch."""
         return [len(part) for part in np.array_split(np.arange(self._batch), self._size)]
+
+    def facts(self) -> dict[str, str]:
+        """What must be the same of the data on all ranks: their number, form and content, the last as a hash.
+
+        Tensors are hashed whole up to 64 MiB and by rows at even distances above; of a data set, 64 samples at even distances,
+        unless they come out differently when read twice.
+        """
+        return {
+            "samples": str(self.samples),
+            "form": _form(self._data[0]),
+            "content": _content(self._data, self.samples),
+        }
+
+    def place(self, step: int, micro_batch: int, row: int) -> int:
+        """The index in the data set of a sample of this rank's micro-batches."""
+        order = np.arange(self.samples) if self._batch == self.samples else self._order(step)
+        mine = np.array_split(order, self._size)[self._rank]
+        return int(mine[micro_batch * (self._micro or 0) + row])
 
     def batches(self, step: int) -> list[Any]:
         """This rank's micro-batches of a step, on its device.
@@ -123,6 +145,55 @@ def _as_dataset(data: Dataset[Any] | Sequence[Tensor]) -> Dataset[Any]:
             f"data must be a map-style dataset (with len() and []) or a tuple of tensors, got {type(data).__name__}"
         )
     return data  # type: ignore[return-value]
+
+
+def _form(sample: Any) -> str:
+    """Dtypes and shapes of one sample."""
+    if isinstance(sample, (Tensor, np.ndarray)):
+        return f"{str(sample.dtype).removeprefix('torch.')}{tuple(sample.shape)}"
+    if isinstance(sample, Mapping):
+        return "{" + ", ".join(f"{key}: {_form(value)}" for key, value in sample.items()) + "}"
+    if isinstance(sample, (tuple, list)):
+        return "(" + ", ".join(map(_form, sample)) + ")"
+    return type(sample).__name__
+
+
+def _content(data: Dataset[Any], samples: int) -> str:
+    if isinstance(data, TensorDataset):
+        size = sum(t.nbytes for t in data.tensors)
+        stride = -(-size // _HASHED_BYTES)
+        return _digest([t[::stride] for t in data.tensors])
+    chosen = sorted({round(i) for i in np.linspace(0, samples - 1, 64)})
+    python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    try:
+        with torch.random.fork_rng(devices=[]):
+            digests = {_digest([data[i] for i in chosen]) for _ in range(2)}
+    finally:
+        random.setstate(python)
+        np.random.set_state(legacy)  # noqa: NPY002
+    return digests.pop() if len(digests) == 1 else "random"
+
+
+def _digest(value: Any) -> str:
+    state = hashlib.blake2b(digest_size=8)
+
+    def take(part: Any) -> None:
+        if isinstance(part, Tensor):
+            state.update(part.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        elif isinstance(part, np.ndarray):
+            state.update(np.ascontiguousarray(part).tobytes())
+        elif isinstance(part, Mapping):
+            for key in part:
+                take(part[key])
+        elif isinstance(part, (tuple, list)):
+            for item in part:
+                take(item)
+        else:  # the text of any other object may hold its address
+            plain = part is None or isinstance(part, (bool, int, float, str, bytes))
+            state.update((repr(part) if plain else type(part).__qualname__).encode())
+
+    take(value)
+    return state.hexdigest()
 
 
 def _check_finite(values: Tensor, indices: np.ndarray) -> None:

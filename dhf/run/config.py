@@ -13,6 +13,7 @@ import jsonargparse
 import yaml
 
 from dhf.errors import UsageError
+from dhf.run.signals import signal_number
 
 __all__ = ["Config", "parse", "to_yaml"]
 
@@ -29,7 +30,8 @@ A problem file is Python code, and is run.
 
 _EPILOG = """\
 exit codes: 0 done, 2 usage, 3 diverged, 4 target not reached (with --error-if-not-converged), 5 communication or rank
-failure, 75 stopped by a signal after a checkpoint. torchrun turns all but 0 into 1; result.json keeps the code.
+failure, 75 stopped after a checkpoint by a signal, or for the end of a SLURM job. torchrun turns all but 0 into 1;
+result.json keeps the code.
 """
 
 
@@ -72,6 +74,11 @@ class Config:
     run_dir: Optional[str] = _flag(None, "where the run is written; runs/PROBLEM-TIME by default")  # noqa: UP045
     resume: str = _flag("off", "off; auto, from the run directory's newest checkpoint if there is one; or a PATH")
     checkpoint_every: int = _flag(25, "steps between checkpoints; 0 for one at the end only")
+    keep_checkpoints: int = _flag(3, "how many of the newest checkpoints are kept")
+    stop_signals: str = _flag(
+        "SIGTERM,SIGINT,SIGUSR2", "signals on which the run saves and stops; a second one ends it at once"
+    )
+    debug_nonfinite: bool = _flag(False, "search for the sample where a loss, gradient or product is not finite")
     overwrite: bool = _flag(False, "replace the run that the run directory holds")
     dry_run: bool = _flag(False, "print sizes, memory and shards, and stop")
     error_if_not_converged: bool = _flag(False, "exit with 4 if the target loss was not reached")
@@ -198,6 +205,7 @@ def _check(config: Config) -> None:
         "threads",
         "learning_rate",
         "cg_max_iterations",
+        "keep_checkpoints",
     )
     for name in positive:
         value = getattr(config, name)
@@ -213,6 +221,11 @@ def _check(config: Config) -> None:
         raise UsageError(f"--cg-rtol must be in [0, 1), got {config.cg_rtol}")
     if config.target_loss is not None and not math.isfinite(config.target_loss):
         raise UsageError(f"--target-loss must be finite, got {config.target_loss}")
+    for name in config.stop_signals.split(","):
+        try:
+            signal_number(name)
+        except ValueError as error:
+            raise UsageError(f"--stop-signals: {error}; give names such as SIGTERM,SIGUSR2") from None
     if config.overwrite and config.resume != "off":
         raise UsageError("--overwrite starts anew and --resume goes on: give one of them")
     if config.error_if_not_converged and config.target_loss is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -29,6 +30,7 @@ class RunDirectory:
         self.checkpoints = self.path / "checkpoints"
         self.plots = self.path / "plots"
         self.metrics = self.path / "metrics.jsonl"
+        self._unwritten = ""
 
     def holds_run(self) -> bool:
         """Whether a run has been written here."""
@@ -54,9 +56,22 @@ class RunDirectory:
         write_atomically(self.metrics, "".join(_line(row) for row in kept))
 
     def append(self, row: dict[str, Any]) -> None:
-        """Add one line to the metrics, and flush it."""
-        with self.metrics.open("a") as file:
-            file.write(_line(row))
+        """Add one line to the metrics, and those before it that could not be written.
+
+        Raises:
+            OSError: If the disk is full, say; the line is kept for the next call, and the file ends with a whole line.
+        """
+        self._unwritten += _line(row)
+        with self.metrics.open("ab", buffering=0) as file:
+            end = file.seek(0, os.SEEK_END)
+            try:
+                left = self._unwritten.encode()
+                while left:
+                    left = left[file.write(left) :]
+            except OSError:
+                file.truncate(end)
+                raise
+        self._unwritten = ""
 
     def write_result(self, result: dict[str, Any]) -> None:
         """Write how the run ended."""
@@ -93,11 +108,16 @@ def default_directory(problem: str) -> str:
 def write_atomically(path: Path, text: str) -> None:
     """Replace a file in one step, so that no reader sees half of it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
 
 
 def _line(row: dict[str, Any]) -> str:

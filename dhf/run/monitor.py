@@ -26,7 +26,7 @@ class Monitor:
     """
 
     def __init__(self, visible: bool, title: str) -> None:
-        self._visible, self._title = visible, title
+        self.visible, self._title = visible, title
         self._console = Console(highlight=False)
         self._rows: deque[list[str]] = deque(maxlen=_ROWS)
         self._extra: list[str] = []
@@ -35,18 +35,18 @@ class Monitor:
 
     def say(self, text: str) -> None:
         """One line of prose."""
-        if self._visible:
+        if self.visible:
             self._console.print(text, markup=False, soft_wrap=True)
 
     def start(self) -> None:
         """Open the table."""
-        if self._visible and self._console.is_terminal:
+        if self.visible and self._console.is_terminal:
             self._live = Live(self._table(), console=self._console, refresh_per_second=8)
             self._live.start()
 
     def step(self, row: dict[str, Any], extra: dict[str, float]) -> None:
         """One step: its metrics, and the problem's own numbers."""
-        if not self._visible:
+        if not self.visible:
             return
         cells = _cells(row)
         self._rows.append([*cells, *(f"{value:.5g}" for value in extra.values())])

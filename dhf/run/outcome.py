@@ -5,18 +5,29 @@ from __future__ import annotations
 import sys
 import traceback
 
-from dhf.errors import CommunicationError, NonFiniteError, RankError, ReplicasDivergedError, UsageError
+from dhf.errors import (
+    CommunicationError,
+    NonFiniteError,
+    RankError,
+    ReplicasDivergedError,
+    StaleGraphError,
+    UsageError,
+)
 from dhf.reason import Reason
 
-__all__ = ["EXIT_DONE", "EXIT_RANKS", "EXIT_USAGE", "exit_code", "explain", "reason_of"]
+__all__ = ["EXIT_DONE", "EXIT_RANKS", "EXIT_USAGE", "SHARED", "exit_code", "explain", "reason_of", "speaker"]
 
 EXIT_DONE, EXIT_USAGE, EXIT_DIVERGED, EXIT_TARGET, EXIT_RANKS, EXIT_SIGNAL = 0, 2, 3, 4, 5, 75
+
+# errors that every rank raises together, so that the ranks can still talk
+SHARED = (UsageError, NonFiniteError, RankError, ReplicasDivergedError, StaleGraphError)
 
 _CODES = {
     Reason.UNUSABLE_INPUT: EXIT_USAGE,
     Reason.DIVERGED: EXIT_DIVERGED,
     Reason.RANK_FAILED: EXIT_RANKS,
     Reason.COMMUNICATION_FAILED: EXIT_RANKS,
+    Reason.NOT_SAVED: EXIT_RANKS,
     Reason.INTERRUPTED: EXIT_SIGNAL,
 }
 
@@ -30,17 +41,33 @@ def reason_of(error: Exception, *, at_start: bool) -> Reason:
     return Reason.COMMUNICATION_FAILED if isinstance(error, CommunicationError) else Reason.RANK_FAILED
 
 
-def exit_code(reason: Reason, *, target_missed: bool = False) -> int:
-    """The process's exit code; ``target_missed`` where missing the target loss counts as an error."""
+def exit_code(reason: Reason, *, target_missed: bool = False, job_ends: bool = False) -> int:
+    """The process's exit code.
+
+    Args:
+        reason: Why the run ended.
+        target_missed: Whether a target loss was missed, and that counts as an error.
+        job_ends: Whether the time limit was that of a SLURM job, which can be queued again.
+    """
+    if reason is Reason.TIME_LIMIT and job_ends:
+        return EXIT_SIGNAL
     return _CODES.get(reason, EXIT_TARGET if target_missed else EXIT_DONE)
 
 
-def explain(failure: Exception, leads: bool) -> None:
-    """Say on stderr what went wrong: what all ranks know by rank 0 alone, what only this rank can know by itself."""
-    known = (UsageError, NonFiniteError, RankError, ReplicasDivergedError)
-    if isinstance(failure, CommunicationError) or (isinstance(failure, known) and leads):
+def explain(failure: Exception, *, speaks: bool) -> None:
+    """Say on stderr what went wrong: what all ranks know by the one that speaks for them, the rest by each rank."""
+    if isinstance(failure, CommunicationError):
+        speaks = speaks or not failure.survivors
+    elif not isinstance(failure, SHARED):
+        traceback.print_exception(failure)
+        return
+    if speaks:
         if isinstance(failure, RankError):
             print(failure.traceback.rstrip(), file=sys.stderr)
         print(f"error: {failure}", file=sys.stderr, flush=True)
-    elif not isinstance(failure, known):
-        traceback.print_exception(failure)
+
+
+def speaker(failure: Exception | None) -> int:
+    """The rank that speaks for all: the first, or the first of those left."""
+    survivors = failure.survivors if isinstance(failure, CommunicationError) else ()
+    return survivors[0] if survivors else 0

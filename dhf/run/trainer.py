@@ -3,52 +3,52 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import functools
 import os
 import time
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from dhf.errors import UsageError
+import torch
+
+from dhf.comm import Communicator
+from dhf.coordinator import Coordinator, capture
+from dhf.errors import CommunicationError, UsageError
+from dhf.evaluation import evaluate, micro_batch_seeds
+from dhf.operator import loss_and_gradient
+from dhf.optim import StepReport
+from dhf.parameters import Parameters
 from dhf.reason import Reason
+from dhf.run.assembly import Parts, assemble, graph_builder
+from dhf.run.closing import Closing
 from dhf.run.config import Config, to_yaml
-from dhf.run.outcome import EXIT_DONE, exit_code, explain, reason_of
-
-if TYPE_CHECKING:
-    from dhf.comm import Communicator
-    from dhf.coordinator import Coordinator
-    from dhf.optim import FirstOrder, HessianFree, StepReport
-    from dhf.problems import Problem, Shard
-    from dhf.run.directory import RunDirectory
-    from dhf.run.monitor import Monitor
-    from dhf.run.signals import StopSignals
+from dhf.run.directory import RunDirectory, default_directory
+from dhf.run.dry_run import measure
+from dhf.run.monitor import Monitor
+from dhf.run.outcome import EXIT_DONE, EXIT_RANKS, SHARED, exit_code, explain, reason_of, speaker
+from dhf.run.pace import Pace
+from dhf.run.preflight import require_same_problem, require_same_settings
+from dhf.run.saver import Progress, Saver
+from dhf.run.signals import StopSignals
 
 __all__ = ["Trainer"]
 
 _FAILED_STEPS = 20
+_JOB_END_MARGIN = 60.0  # seconds before the end of a SLURM job at which a run stops
 
 
 class Trainer:
-    """One run: its rooms wired together, its loop, and its end."""
+    """One run: its loop, and its end."""
 
-    directory: RunDirectory
-    problem: Problem
-    optimizer: HessianFree | FirstOrder
-    shard: Shard
-    validation: Shard | None
-    monitor: Monitor
+    parts: Parts
 
     def __init__(self, config: Config, comm: Communicator, stop: StopSignals) -> None:
-        from dhf.coordinator import Coordinator
-
         self.config, self.comm, self.stop = config, comm, stop
         self.leads = comm.rank == 0
-        self.coordinator: Coordinator = Coordinator(comm, interrupted=stop)
-        self.claimed = False
-        self.first_step = self.step = self.failed_steps = 0
+        self.coordinator = Coordinator(comm, interrupted=stop)
+        self.monitor = Monitor(self.leads, f"{config.problem} on {comm.size} rank(s)")
+        self.pace = Pace(self.coordinator)
+        self.claimed = self.job_ends = self._save_is_due = False
+        self.first_step = self.step = self.failed_steps = self.products = 0
         self.loss = self.first_loss = float("nan")
-        self.products = 0
         self.wall_before = 0.0
         self.began = time.monotonic()
 
@@ -56,45 +56,48 @@ class Trainer:
         """Set up, train, and write the result, whatever the end."""
         failure: Exception | None = None
         try:
+            ended = self._ended_before()
+            if ended is not None:
+                return ended
             self.set_up()
             if self.config.dry_run:
                 return self.dry_run()
             reason = self.train()
         except Exception as error:
             failure, reason = error, reason_of(error, at_start=self.step == self.first_step)
-        code = exit_code(
-            reason, target_missed=self.config.error_if_not_converged and reason is not Reason.TARGET_REACHED
-        )
-        self._finish(reason, code, failure)
-        return code
+        return self._end(reason, failure)
 
     def set_up(self) -> None:
         """Build the problem and the optimizer on every rank, check them on the data, and take the run directory."""
-        from dhf.operator import loss_and_gradient
-        from dhf.run.directory import RunDirectory, default_directory
-        from dhf.run.monitor import Monitor
-
         config = self.config
-        path = self.comm.gather_objects(config.run_dir or default_directory(config.problem))[0]
-        self.directory = RunDirectory(path)
-        self.monitor = Monitor(self.leads, f"{config.problem} on {self.comm.size} rank(s)")
+        require_same_settings(self.coordinator, config)
+        path = (
+            self.comm.remember("run-dir", config.run_dir or default_directory(config.problem)) if self.leads else None
+        )
+        self.directory = RunDirectory(self.comm.gather_objects(path)[0])
+        self.saver = Saver(config, self.directory, self.comm, self.coordinator)
         self._say_hello()
-        checkpoint = self._find_checkpoint()
-        self.coordinator.attempt(self._build)
+        checkpoint = self.saver.choose()
+        self.parts = self.coordinator.attempt(lambda: assemble(config, self.comm, self.coordinator))
+        self.objective = self.parts.problem.objective
+        require_same_problem(self.coordinator, self.objective, self.parts.train, self.parts.validation)
         if checkpoint is not None:
-            self.coordinator.attempt(lambda: self._resume(checkpoint))
+            self._take_up(self.coordinator.attempt(lambda: self.saver.restore(self.parts, *checkpoint)))
+        self._say_where_it_starts(checkpoint)
         self._warn_of_empty_shards()
-        batches = self.coordinator.attempt(lambda: self.shard.batches(self.step))
-        self.first_loss, _ = loss_and_gradient(self.problem.objective, batches, coordinator=self.coordinator)
+        batches = self.coordinator.attempt(lambda: self.parts.train.batches(self.step))
+        self.first_loss, _ = loss_and_gradient(
+            self.objective, batches, coordinator=self.coordinator, debug_nonfinite=config.debug_nonfinite
+        )
         self.loss = self.first_loss
-        if self.leads and not config.dry_run:
-            self.directory.claim(to_yaml(config), resumed_step=self.step if checkpoint is not None else None)
-        self.claimed = not config.dry_run
+        if not config.dry_run:
+            self.coordinator.attempt(lambda: self._claim(resumed=checkpoint is not None))
+            self.claimed = True
 
     def train(self) -> Reason:
         """Take steps until there is a reason to stop."""
         self.began = time.monotonic()
-        self.coordinator.deadline = None if self.config.time_budget is None else self.began + self.config.time_budget
+        self._set_deadline()
         self.monitor.say(f"start: loss {self.first_loss:.6g}, {self._sizes()}")
         self.monitor.start()
         try:
@@ -103,22 +106,23 @@ class Trainer:
                 reason = self._one_step()
         finally:
             self.monitor.stop()
-        self._save()
+        trouble = self.saver.save(self.parts, self._progress())
+        if trouble is not None:
+            self.monitor.say(f"error: the last checkpoint was not written: {trouble}")
+            return Reason.NOT_SAVED
         return reason
 
     def dry_run(self) -> int:
         """Say what a run would need."""
-        from dhf.run.dry_run import measure
-
-        build, config = _graph_builder(self.config), self.config
+        build, config = graph_builder(self.config), self.config
         needs = self.coordinator.attempt(
-            lambda: measure(self.problem.objective, self.shard.batches(self.step), build, config.cg_max_iterations)
+            lambda: measure(self.objective, self.parts.train.batches(self.step), build, config.cg_max_iterations)
         )
         everyone = self.comm.gather_objects(needs)
         largest = max(everyone, key=lambda n: n.graph_bytes)
         lines = [
             f"parameters          {needs.parameters:,} ({config.dtype})",
-            f"samples per step    {self.shard.batch_size:,} of {self.shard.samples:,}",
+            f"samples per step    {self.parts.train.batch_size:,} of {self.parts.train.samples:,}",
             f"shards per rank     {', '.join(f'{n.samples:g}' for n in everyone)}",
             f"micro-batches       {', '.join(str(n.micro_batches) for n in everyone)}",
             f"products per step   at most {config.cg_max_iterations + 2} (CG, start and true residual), one collective each",
@@ -130,8 +134,8 @@ class Trainer:
         return EXIT_DONE
 
     def _one_step(self) -> Reason | None:
-        batches = self.coordinator.attempt(lambda: self.shard.batches(self.step))
-        report = self.optimizer.step(batches)
+        batches = self.coordinator.attempt(lambda: self.parts.train.batches(self.step))
+        report = self.parts.optimizer.step(batches)
         if report.reason in (Reason.INTERRUPTED, Reason.TIME_LIMIT):
             return report.reason  # the step was not taken
         self.step += 1
@@ -140,9 +144,14 @@ class Trainer:
         self.failed_steps = self.failed_steps + 1 if report.reason is Reason.NO_DECREASE else 0
         self._record(report)
         every = self.config.checkpoint_every
-        if every and self.step % every == 0:
-            self._save()
-        return Reason.GRADIENT_ZERO if report.reason is Reason.GRADIENT_ZERO else self._ended()
+        self._save_is_due |= bool(every) and self.step % every == 0
+        if self._save_is_due:
+            self._save_on_the_way()
+        if report.reason is Reason.GRADIENT_ZERO:
+            return Reason.GRADIENT_ZERO
+        if self.failed_steps >= _FAILED_STEPS and report.non_finite:
+            return Reason.DIVERGED
+        return self._ended()
 
     def _ended(self) -> Reason | None:
         target = self.config.target_loss
@@ -154,39 +163,55 @@ class Trainer:
 
     def _record(self, report: StepReport) -> None:
         extra = self._extra_metrics()
+        pace = self.pace.note(report)
+        solve = report.solve
+        for rank, place in report.non_finite.items():
+            sample = ""
+            if place is not None and place.row is not None and rank == self.comm.rank:
+                sample = f": sample {self.parts.train.place(self.step - 1, place.micro_batch, place.row)} of the data"
+            words = f"warning: step {self.step}: the product of rank {rank} is not finite"
+            self.monitor.say(words + (f" ({place})" if place else "") + sample)
         if not self.leads:
             return
-        row = dataclasses.asdict(dataclasses.replace(report, solve=None))
-        del row["solve"]
-        solve = report.solve
         row = {
             "step": self.step,
-            **row,
+            "loss": report.loss,
+            "loss_after": report.loss_after,
+            "gradient_norm": report.gradient_norm,
+            "step_length": report.step_length,
+            "damping": report.damping,
+            "reduction_ratio": report.reduction_ratio,
+            "products": report.products,
+            "evaluations": report.evaluations,
+            "seconds": report.seconds,
             "reason": report.reason.name,
             "cg_iterations": solve.iterations if solve else 0,
             "cg_reason": solve.reason.name if solve else None,
             "cg_residual_norm": solve.residual_norm if solve else None,
             "cg_true_residual_norm": solve.true_residual_norm if solve else None,
+            "non_finite_ranks": list(report.non_finite),
+            **pace,
             **extra,
         }
-        self.directory.append(row)
+        try:
+            self.directory.append(row)
+        except OSError as error:
+            self.monitor.say(f"warning: metrics are kept in memory, since they cannot be written: {error}")
         self.monitor.step(row, extra)
 
     def _extra_metrics(self) -> dict[str, float]:
         """The problem's own numbers, taken on rank 0, and the loss on held-out data, over all ranks."""
-        from dhf.evaluation import evaluate, micro_batch_seeds
-
-        problem, extra = self.problem, {}
+        problem, extra = self.parts.problem, {}
         if problem.metrics is not None:
             taken = self.coordinator.attempt(
-                lambda: dict(problem.metrics(problem.objective.module)) if self.leads and problem.metrics else {}
+                lambda: dict(problem.metrics(self.objective.module)) if self.leads and problem.metrics else {}
             )
             extra = {name: float(value) for name, value in taken.items()}
-        if self.validation is not None:
-            held_out = self.validation
+        if self.parts.validation is not None:
+            held_out = self.parts.validation
             sums = self.coordinator.attempt(
                 lambda: evaluate(
-                    problem.objective,
+                    self.objective,
                     self.comm.device,
                     held_out.batches(0),
                     micro_batch_seeds(0, self.comm.rank, len(held_out.batches(0))),
@@ -196,201 +221,121 @@ class Trainer:
             extra["validation_loss"] = total / count
         return extra
 
-    def _build(self) -> None:
-        """The problem from the seed, the same on every rank, and what trains it."""
-        import torch
+    def _ended_before(self) -> int | None:
+        """The exit code of an earlier attempt of this launch that ended for good, which a restart would only repeat."""
+        if self.comm.attempt == 0:
+            return None
+        code = self.comm.gather_objects(self.comm.remember("ended", "") if self.leads else None)[0]
+        if not code:
+            return None
+        self.monitor.say(f"attempt {self.comm.attempt + 1}: an earlier attempt ended for good with exit code {code}")
+        return int(code)
 
-        from dhf.problems import Shard, build_problem
+    def _take_up(self, progress: Progress) -> None:
+        self.step = self.first_step = progress.step
+        self.failed_steps, self.wall_before = progress.failed_steps, progress.wall_time
 
-        config, comm = self.config, self.comm
-        torch.set_flush_denormal(True)  # denormal inputs make gradients on CPUs an order of magnitude slower
-        if config.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.use_deterministic_algorithms(True)
-        dtype = getattr(torch, config.dtype)
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(dtype)
-        torch.manual_seed(config.seed)
-        try:
-            self.problem = build_problem(config.problem, config.options)
-        finally:
-            torch.set_default_dtype(before)
-        objective = self.problem.objective
-        objective.module.to(device=comm.device, dtype=dtype)
-        if config.weight_decay is not None:
-            objective.weight_decay = config.weight_decay
-        shard = functools.partial(
-            Shard,
-            rank=comm.rank,
-            size=comm.size,
-            device=comm.device,
-            dtype=dtype,
-            micro_batch_size=config.micro_batch_size,
-        )
-        self.shard = shard(self.problem.train, batch_size=config.batch_size, seed=config.seed)
-        self.validation = None if self.problem.validation is None else shard(self.problem.validation)
-        self.optimizer = _optimizer(config, objective, self.coordinator)
-
-    def _find_checkpoint(self) -> Path | None:
-        """The checkpoint to go on from, chosen by rank 0; refuses a directory that must not be written to."""
-        from dhf.run.checkpoint import find
-
-        def choose() -> Path | None:
-            resume = self.config.resume
-            if not self.leads:
-                return None
-            if resume == "off":
-                if not self.config.overwrite and not self.config.dry_run:
-                    self.directory.check_free()
-                return None
-            found = find(self.directory.path if resume == "auto" else Path(resume))
-            if found is None and resume != "auto":
-                raise UsageError(
-                    f"--resume {resume}: there is no checkpoint; give a run directory or a checkpoint folder"
-                )
-            if found is None and self.directory.metrics.exists() and self.directory.metrics.stat().st_size:
-                self.monitor.say(f"{self.directory.path} holds no checkpoint: starting at the first step")
-            return found
-
-        chosen = self.coordinator.attempt(choose)
-        return self.comm.gather_objects(chosen)[0]
-
-    def _resume(self, path: Path) -> None:
-        from dhf.run.checkpoint import load, load_module
-
-        state = load(path)
-        if state["optimizer_name"] != self.config.optimizer:
-            raise UsageError(
-                f"checkpoint {path} was written with --optimizer {state['optimizer_name']}, not {self.config.optimizer}"
-            )
-        load_module(self.problem.objective.module, state["module"], path)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step = self.first_step = state["step"]
-        self.failed_steps, self.wall_before = state["failed_steps"], state["wall_time"]
-        self.monitor.say(f"resumed at step {self.step} from {path} (written by {state['world_size']} rank(s))")
-
-    def _save(self) -> None:
-        from dhf.run.checkpoint import save
-
-        state = {
-            "module": self.problem.objective.module.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "optimizer_name": self.config.optimizer,
-            "step": self.step,
-            "failed_steps": self.failed_steps,
-            "wall_time": self._wall_time(),
-            "world_size": self.comm.size,
-        }
-        self.coordinator.attempt(lambda: save(self.directory.checkpoints, self.step, state) if self.leads else None)
-
-    def _finish(self, reason: Reason, code: int, failure: Exception | None) -> None:
-        """Write result.json and the pictures, and say in five lines how it went."""
-        wall = time.monotonic() - self.began
-        if failure is not None:
-            explain(failure, self.leads)
-        if not self.leads or not self.claimed:
+    def _claim(self, *, resumed: bool) -> None:
+        if not self.leads:
             return
-        with contextlib.suppress(OSError):
-            self.directory.write_result(
-                {
-                    "reason": reason.name,
-                    "exit_code": code,
-                    "steps": self.step,
-                    "loss": self.loss,
-                    "wall_time": self.wall_before + wall,
-                    "world_size": self.comm.size,
-                    "products": self.products,
-                    "failed_rank": getattr(failure, "rank", None),
-                    "error": None if failure is None else str(failure),
-                }
-            )
-        pictures = self._draw() if self.step > self.first_step else []
-        steps = self.step - self.first_step
-        say = self.monitor.say
-        say(f"ended    {reason.words}: {reason.advice}")
-        say(f"loss     {self.first_loss:.6g} -> {self.loss:.6g} in {steps} steps{self._toward_target()}")
-        say(f"time     {wall:.1f} s of training, {wall / max(steps, 1):.2f} s a step")
-        say(
-            f"products {self.products:,}, {self.products / max(steps, 1):.0f} on each step's graphs (built once), "
-            f"{self.products / max(wall, 1e-9):.0f} a second on {self.comm.size} rank(s)"
-        )
-        say(f"written  {self.directory.path}" + "".join(f"\n         {path}" for path in pictures))
-
-    def _draw(self) -> list[Path]:
-        """The run's pictures; a missing matplotlib or a fault in drawing never changes how a run ended."""
-        from dhf.run.plot import draw_run
-
         try:
-            paths = [draw_run(self.directory.metrics, self.directory.plots / "run.png")]
-            if self.problem.pictures is not None:
-                paths += self.problem.pictures(self.problem.objective.module, self.directory.plots)
-        except ImportError:
-            self.monitor.say("no pictures: matplotlib is not installed; pip install 'dhf[plot]'")
-            return []
-        except Exception as error:
-            self.monitor.say(f"no pictures: {type(error).__name__}: {error}")
-            return []
-        return paths
+            self.directory.claim(to_yaml(self.config), resumed_step=self.step if resumed else None)
+        except OSError as error:
+            raise UsageError(
+                f"the run directory {self.directory.path} cannot be written: {error}; use another --run-dir"
+            ) from None
+        if resumed:
+            self.saver.go_on_from(self.step)
+
+    def _progress(self) -> Progress:
+        return Progress(self.step, self.failed_steps, self.wall_before + time.monotonic() - self.began)
+
+    def _save_on_the_way(self) -> None:
+        trouble = self.saver.save(self.parts, self._progress())
+        self._save_is_due = trouble is not None
+        if trouble is not None:
+            last = self.saver.last_step
+            kept = "there is none yet" if last is None else f"the newest is step-{last}"
+            self.monitor.say(
+                f"warning: the checkpoint of step {self.step} was not written ({kept}), and is tried again: {trouble}"
+            )
+
+    def _set_deadline(self) -> None:
+        """The time budget's end or the SLURM job's, whichever comes first."""
+        budget, job_end = self.config.time_budget, os.environ.get("SLURM_JOB_END_TIME", "")
+        deadlines = [] if budget is None else [(self.began + budget, False)]
+        if job_end.isdigit():
+            left = int(job_end) - time.time() - _JOB_END_MARGIN
+            deadlines.append((self.began + left, True))
+        if deadlines:
+            self.coordinator.deadline, self.job_ends = min(deadlines)
+
+    def _end(self, reason: Reason, failure: Exception | None) -> int:
+        """Save what can be saved, write the result, and say how it went; the exit code."""
+        together = failure is None or self.comm.size == 1 or isinstance(failure, SHARED)
+        speaks = self.comm.rank == speaker(failure)
+        if failure is not None:
+            explain(failure, speaks=speaks)
+            if self.claimed and self.step > self.first_step:
+                self._save_after(failure, speaks=speaks, together=together)
+        code = exit_code(
+            reason,
+            target_missed=self.config.error_if_not_converged and reason is not Reason.TARGET_REACHED,
+            job_ends=self.job_ends,
+        )
+        if speaks and self.claimed:
+            Closing(self).write(reason, code, failure)
+        if speaks and code != EXIT_RANKS:
+            with contextlib.suppress(CommunicationError):
+                self.comm.remember("ended", str(code))
+        self.stop.settle(code)
+        if speaks and self.claimed:
+            Closing(self).say(reason)
+        if together:
+            # a rank that leaves first would have the launcher end the others
+            with contextlib.suppress(CommunicationError):
+                self.comm.barrier()
+        return code
+
+    def _save_after(self, failure: Exception, *, speaks: bool, together: bool) -> None:
+        """A failed step has left the parameters at its start: what the steps before it have reached is saved."""
+        if together:
+            trouble, error = capture(lambda: self.saver.save(self.parts, self._progress()))
+            trouble = trouble or (None if error is None else str(error))
+        elif speaks and not (isinstance(failure, CommunicationError) and not failure.survivors):
+            trouble = self.saver.save_alone(self.parts, self._progress())
+        else:
+            return
+        if trouble is not None and speaks:
+            self.monitor.say(f"warning: step {self.step} could not be saved: {trouble}")
 
     def _say_hello(self) -> None:
-        import torch
-
-        threads = torch.get_num_threads()
         self.monitor.say(
             f"dhf: {self.config.problem}, {self.comm.size} rank(s) over {self.comm.backend} on {self.comm.device.type}, "
-            f"{threads} thread(s) each, {self.config.dtype}, torch {torch.__version__}"
+            f"{torch.get_num_threads()} thread(s) each, {self.config.dtype}, torch {torch.__version__}"
         )
 
+    def _say_where_it_starts(self, checkpoint: tuple[Any, dict[str, Any]] | None) -> None:
+        for note in self.saver.notes:
+            self.monitor.say(note)
+        attempt = f"attempt {self.comm.attempt + 1}: " if self.comm.attempt else ""
+        if checkpoint is not None:
+            path, state = checkpoint
+            self.monitor.say(
+                f"{attempt}resumed at step {self.step} from {path} (written by {state['world_size']} rank(s))"
+            )
+        elif attempt:
+            self.monitor.say(f"{attempt}there is no checkpoint yet; starting at step 0")
+
     def _warn_of_empty_shards(self) -> None:
-        empty = [rank for rank, size in enumerate(self.shard.sizes()) if size == 0]
+        train = self.parts.train
+        empty = [rank for rank, size in enumerate(train.sizes()) if size == 0]
         if empty:
             self.monitor.say(
-                f"warning: {self.shard.batch_size} samples for {self.comm.size} ranks: rank "
-                f"{', '.join(map(str, empty))} has none; use --nproc_per_node={self.shard.batch_size} or more data"
+                f"warning: {train.batch_size} samples for {self.comm.size} ranks: rank "
+                f"{', '.join(map(str, empty))} has none; use --nproc_per_node={train.batch_size} or more data"
             )
 
     def _sizes(self) -> str:
-        from dhf.parameters import Parameters
-
-        n = Parameters(self.problem.objective.module).numel
-        return f"{n:,} parameters, {self.shard.batch_size:,} samples a step ({', '.join(map(str, self.shard.sizes()))} per rank)"
-
-    def _toward_target(self) -> str:
-        target = self.config.target_loss
-        return "" if target is None else f" (target {target:g})"
-
-    def _wall_time(self) -> float:
-        return self.wall_before + time.monotonic() - self.began
-
-
-def _optimizer(config: Config, objective: Any, coordinator: Coordinator) -> HessianFree | FirstOrder:
-    from dhf.optim import FirstOrder, HessianFree
-
-    if config.optimizer != "hf":
-        return FirstOrder(
-            objective,
-            coordinator,
-            method=config.optimizer,
-            learning_rate=config.learning_rate,
-            seed=config.seed,
-        )
-    return HessianFree(
-        objective,
-        coordinator=coordinator,
-        curvature=config.curvature,
-        preconditioner=config.preconditioner,
-        solver=config.solver,
-        damping=config.damping,
-        cg_max_iterations=config.cg_max_iterations,
-        cg_rtol=config.cg_rtol,
-        curvature_fraction=config.curvature_fraction,
-        seed=config.seed,
-    )
-
-
-def _graph_builder(config: Config) -> Any:
-    from dhf.curvature import FisherGraph, GaussNewtonGraph, GradientGraph, HessianGraph
-
-    if config.optimizer != "hf":
-        return GradientGraph
-    return {"ggn": GaussNewtonGraph, "hessian": HessianGraph, "fisher": FisherGraph}[config.curvature]
+        n, train = Parameters(self.objective.module).numel, self.parts.train
+        return f"{n:,} parameters, {train.batch_size:,} samples a step ({', '.join(map(str, train.sizes()))} per rank)"

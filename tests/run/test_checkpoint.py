@@ -14,27 +14,98 @@ from dhf.run.directory import RunDirectory
 def test_a_checkpoint_comes_back_as_it_was_saved(tmp_path):
     state = {"module": nn.Linear(2, 3).state_dict(), "step": 4, "optimizer": {"damping": 0.1, "last": None}}
     path = checkpoint.save(tmp_path, 4, state)
-    back = checkpoint.load(path)
+    back = checkpoint.decode(checkpoint.read(path))
     assert back["optimizer"] == state["optimizer"]
     assert torch.equal(back["module"]["weight"], state["module"]["weight"])
-    assert checkpoint.find(tmp_path) == path
-    assert checkpoint.find(path) == path
+    for place in (tmp_path, path):
+        found, damaged = checkpoint.find(place)
+        assert (found[0], damaged) == (path, [])
+        assert found[1] == checkpoint.read(path)
 
 
 def test_the_newest_three_are_kept_and_no_temporary_is_left(tmp_path):
     for step in (1, 2, 10, 20):
         checkpoint.save(tmp_path, step, {"step": step})
     assert sorted(p.name for p in tmp_path.iterdir()) == ["LATEST", "step-10", "step-2", "step-20"]
-    assert checkpoint.load(checkpoint.find(tmp_path))["step"] == 20
+    (path, content), _ = checkpoint.find(tmp_path)
+    assert (path.name, checkpoint.decode(content)["step"]) == ("step-20", 20)
 
 
-def test_a_damaged_checkpoint_is_refused(tmp_path):
-    path = checkpoint.save(tmp_path, 1, {"x": torch.zeros(100)})
+def test_as_many_are_kept_as_asked_for(tmp_path):
+    for step in (1, 2, 3):
+        checkpoint.save(tmp_path, step, {"step": step}, keep=1)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["LATEST", "step-3"]
+
+
+def test_what_a_killed_process_left_is_swept_away(tmp_path):
+    (tmp_path / ".step-3.999").mkdir()
+    (tmp_path / ".step-3.999" / "state.pt").write_bytes(b"half")
+    (tmp_path / ".LATEST.999").write_text("step-3")
+    checkpoint.save(tmp_path, 4, {})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["LATEST", "step-4"]
+
+
+def test_a_step_that_is_there_and_whole_is_not_written_again(tmp_path):
+    path = checkpoint.save(tmp_path, 1, {"value": 1})
+    checkpoint.save(tmp_path, 1, {"value": 2})
+    assert checkpoint.decode(checkpoint.read(path))["value"] == 1
+    (path / "state.pt").write_bytes(b"damaged")
+    checkpoint.save(tmp_path, 1, {"value": 3})
+    assert checkpoint.decode(checkpoint.read(path))["value"] == 3
+
+
+def test_going_back_to_a_step_leaves_the_later_ones_behind(tmp_path):
+    for step in (1, 2, 3):
+        checkpoint.save(tmp_path, step, {"step": step})
+    checkpoint.forget_after(tmp_path, 1)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["LATEST", "step-1"]
+    assert checkpoint.find(tmp_path)[0][0].name == "step-1"
+
+
+@pytest.mark.parametrize("latest", ["step-9\n", "", "../elsewhere", "\0"])
+def test_a_latest_that_names_nothing_is_passed_over(tmp_path, latest):
+    checkpoint.save(tmp_path, 1, {"step": 1})
+    (tmp_path / "LATEST").write_text(latest)
+    assert checkpoint.find(tmp_path)[0][0].name == "step-1"
+
+
+def flip_a_bit(path):
     content = bytearray((path / "state.pt").read_bytes())
     content[len(content) // 2] ^= 1
     (path / "state.pt").write_bytes(content)
-    with pytest.raises(UsageError, match="damaged"):
-        checkpoint.load(path)
+
+
+def cut_short(path):
+    content = (path / "state.pt").read_bytes()
+    (path / "state.pt").write_bytes(content[: len(content) // 2])
+
+
+def lose_the_state(path):
+    (path / "state.pt").unlink()
+
+
+def lose_the_manifest(path):
+    (path / "manifest.json").unlink()
+
+
+def empty_the_manifest(path):
+    (path / "manifest.json").write_text("{}")
+
+
+DAMAGES = [flip_a_bit, cut_short, lose_the_state, lose_the_manifest, empty_the_manifest]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, damage):
+    checkpoint.save(tmp_path, 1, {"x": torch.zeros(100)})
+    path = checkpoint.save(tmp_path, 2, {"x": torch.ones(100)})
+    damage(path)
+    with pytest.raises(UsageError, match=r"checkpoint .*step-2 (is damaged|cannot be read)"):
+        checkpoint.read(path)
+    (found, content), (said,) = checkpoint.find(tmp_path)
+    assert found.name == "step-1"
+    assert not checkpoint.decode(content)["x"].any()
+    assert "step-2" in said
 
 
 class _Code:
@@ -44,8 +115,8 @@ class _Code:
 
 def test_code_in_a_checkpoint_is_not_run(tmp_path, capsys):
     path = checkpoint.save(tmp_path, 1, {"x": _Code()})
-    with pytest.raises(Exception, match=r"[Ww]eights.only|Unsupported"):
-        checkpoint.load(path)
+    with pytest.raises(UsageError, match="cannot be loaded"):
+        checkpoint.decode(checkpoint.read(path))
     assert "code was run" not in capsys.readouterr().out
 
 
