@@ -228,7 +228,8 @@ class Coordinator:
         if wrong:
             raise ReplicasDivergedError(
                 f"the parameters of rank {', '.join(map(str, wrong))} differ from those of rank 0; give all ranks the same seed "
-                "and the same initial weights, and move parameters only through the optimizer"
+                "and the same initial weights, and move parameters only through the optimizer",
+                wrong[0],
             )
 
     def synchronise(self, vector: Tensor, numbers: Sequence[float]) -> tuple[list[float], float]:

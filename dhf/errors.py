@@ -36,6 +36,9 @@ class RanksDifferError(UsageError):
         super().__init__(message)
         self.rank = rank
 
+    def __reduce__(self) -> tuple:
+        return type(self), (self.rank, str(self))
+
 
 class CommunicationError(RuntimeError):
     """The ranks cannot reach one another any more; the communicator is unusable.
@@ -56,7 +59,15 @@ class CommunicationError(RuntimeError):
 
 
 class ReplicasDivergedError(RuntimeError):
-    """The ranks hold different parameters where they must hold the same bits."""
+    """The ranks hold different parameters where they must hold the same bits.
+
+    Attributes:
+        rank: The first rank that differs from rank 0, or None where that is not known.
+    """
+
+    def __init__(self, message: str, rank: int | None = None) -> None:
+        super().__init__(message)
+        self.rank = rank
 
 
 class RankError(RuntimeError):

@@ -445,14 +445,22 @@ MOVES: dict[str, Callable[[Any], None]] = {
     "through data": lambda A: A.parameters.tensors[1].data.add_(1.0),
     "new data": lambda A: setattr(A.parameters.tensors[1], "data", A.parameters.tensors[1].data.clone()),
     "written": lambda A: A.parameters.write(A.parameters.read() + 1.0),
+    "from a vector": lambda A: nn.utils.vector_to_parameters(A.parameters.read() + 1.0, A.parameters.tensors),
+    "by an optimizer": lambda A: _descend(A.parameters.tensors),
 }
+
+
+def _descend(tensors: Any) -> None:
+    for p in tensors:
+        p.grad = torch.ones_like(p)
+    torch.optim.SGD(tensors, lr=1.0).step()
 
 
 @pytest.mark.parametrize("curvature", list(CURVATURES))
 @pytest.mark.parametrize("move", list(MOVES))
 def test_product_after_a_move_is_refused(curvature: str, move: str) -> None:
     objective, batch = problem("mlp", "mse")
-    name = "0.weight" if move == "written" else "0.bias"
+    name = "0.weight" if move in ("written", "from a vector", "by an optimizer") else "0.bias"
     with CURVATURES[curvature](objective, [batch]) as A:
         v = torch.ones(43, dtype=torch.float64)
         A @ v

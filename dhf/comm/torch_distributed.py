@@ -181,9 +181,9 @@ class TorchDistributed:
                 tuple(here),
             )
         names = f"rank {missing[0]}" if len(missing) == 1 else f"ranks {', '.join(map(str, missing))}"
-        return CommunicationError(
-            f"{names} missing in {what}: died, was stopped, or was busy for longer than the timeout of "
-            f"{self._timeout.total_seconds():g} s ({cause})",
-            missing,
-            tuple(here),
+        fate = (
+            "died"
+            if re.search("closed|reset|refused", cause, re.IGNORECASE)
+            else f"stopped, or busy for longer than the timeout of {self._timeout.total_seconds():g} s"
         )
+        return CommunicationError(f"{names} missing in {what}: {fate} ({cause})", missing, tuple(here))

@@ -44,4 +44,8 @@ class Pace:
         most = max(self._totals)
         slowest = self._totals.index(most)
         others = statistics.median(t for r, t in enumerate(self._totals) if r != slowest)
-        return f"; slowest rank {slowest} with {most:.1f} s of own work, the others' median {others:.1f} s"
+        return f"; slowest rank {slowest} with {_seconds(most)} of own work, the others' median {_seconds(others)}"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.0f} s" if value >= 100 else f"{value:.2g} s"

@@ -113,4 +113,4 @@ def test_a_killed_rank_is_noticed_before_the_timeout() -> None:
     outcomes = try_ranks(4, killed, fresh=True, bad=1, patience=TIMEOUT / 2)
     assert outcomes[1] == Died(9)
     for rank in (0, 2, 3):
-        assert outcomes[rank].startswith("rank 1 missing in all-reduce: died, was stopped, or was busy for longer than")
+        assert outcomes[rank].startswith("rank 1 missing in all-reduce: died (")

@@ -1,0 +1,54 @@
+"""An exception on one rank, anywhere in a step, is one error on all ranks, at once, and what was reached is saved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dhf.run import checkpoint, saver
+from tests.faults.forked import run
+
+BOUND = 20.0  # seconds for the whole run, its start included; a hang would last for the timeout of 300 s
+
+
+@pytest.mark.parametrize(
+    ("place", "fault", "rank"),
+    [
+        ("forward", "raise", 2),
+        ("product", "raise", 0),
+        ("search", "raise", 1),
+        ("forward", "memory", 0),
+        ("product", "memory", 1),
+        ("search", "memory", 2),
+    ],
+)
+def test_an_exception_on_one_rank_ends_all(tmp_path: Path, place: str, fault: str, rank: int) -> None:
+    flags = ("--options.fault", fault, "--options.place", place, "--options.rank", str(rank), "--options.at", "2")
+    ended = run(3, tmp_path, "--steps", "9", "--micro-batch-size", "8", *flags, code=5, within=BOUND)
+    words = (
+        "RuntimeError: a fault of the test" if fault == "raise" else "OutOfMemoryError: simulated: no 12 GiB left; out"
+    )
+    errors = [line for line in ended.said(stream="err").splitlines() if line.startswith("error:")]
+    assert len(errors) == 1
+    assert errors[0].startswith(f"error: rank {rank} (")
+    assert f") failed in its micro-batch 0: {words}" in errors[0]
+    assert "faulty.py" in ended.said(0, "err")  # the failing rank's traceback
+    result = ended.result()
+    assert (result["reason"], result["failed_rank"], result["steps"]) == ("RANK_FAILED", rank, 1)
+    found, damaged = checkpoint.find(ended.directory)
+    assert found is not None
+    assert (found[0].name, damaged) == ("step-1", [])
+
+
+def test_an_exception_while_a_checkpoint_is_written(tmp_path: Path) -> None:
+    def prepare(rank: int) -> None:
+        def fail(*_: object, **__: object) -> Path:
+            raise RuntimeError("a fault of the test")
+
+        saver.save = fail
+
+    ended = run(3, tmp_path, "--steps", "9", "--checkpoint-every", "2", prepare=prepare, code=5, within=BOUND)
+    assert "error: rank 0 (" in ended.said(0, "err")
+    assert "a fault of the test" in ended.said(0, "err")
+    assert ended.result()["steps"] == 2
