@@ -67,7 +67,8 @@ def save(folder: Path, step: int, state: Mapping[str, Any], *, keep: int = 3) ->
     write_atomically(folder / "LATEST", final.name + "\n")
     _sync(folder)
     for path in _by_step(folder)[:-keep]:
-        shutil.rmtree(path, ignore_errors=True)
+        if path != final:
+            shutil.rmtree(path, ignore_errors=True)
     return final
 
 

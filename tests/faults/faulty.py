@@ -117,7 +117,7 @@ def build(
     if mine and differs == "width":
         width += 1
     module = nn.Sequential(nn.Linear(5, width), nn.Tanh(), nn.Linear(width, 3))
-    if mine and differs == "dtype":
+    if mine and differs == "extra":
         module[2].register_parameter("extra", nn.Parameter(torch.zeros(())))
     if mine and differs == "weights":
         with torch.no_grad():

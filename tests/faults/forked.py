@@ -33,11 +33,20 @@ _fork = multiprocessing.get_context("fork")
 class Run:
     """The processes of one run, and what they write."""
 
-    def __init__(self, size: int, folder: Path, flags: tuple[str, ...], prepare: Callable[[int], None] | None) -> None:
+    def __init__(
+        self,
+        size: int,
+        folder: Path,
+        flags: tuple[str, ...],
+        prepare: Callable[[int], None] | None,
+        flags_of: Callable[[int], tuple[str, ...]],
+    ) -> None:
         assert not dist.is_initialized()
         self.folder, self.directory = folder, folder / "run"
         # the store is the agent's, as under torchrun: it outlives any rank
-        self._store = dist.TCPStore("127.0.0.1", 0, None, True, datetime.timedelta(seconds=30), wait_for_workers=False)
+        self._store: dist.TCPStore | None = dist.TCPStore(
+            "127.0.0.1", 0, None, True, datetime.timedelta(seconds=30), wait_for_workers=False
+        )
         environment = {
             "WORLD_SIZE": str(size),
             "LOCAL_WORLD_SIZE": str(size),
@@ -49,7 +58,8 @@ class Run:
         problem = () if "--problem" in flags else ("--problem", f"{FILE}:build")
         argv = [*problem, "--dtype", "float64", "--run-dir", str(self.directory), *flags]
         self.processes = [
-            _fork.Process(target=_rank, args=(r, environment, folder, argv, prepare)) for r in range(size)
+            _fork.Process(target=_rank, args=(r, environment, folder, [*argv, *flags_of(r)], prepare))
+            for r in range(size)
         ]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # fork beside threads; torch is held to one
@@ -86,6 +96,7 @@ class Run:
             if process.is_alive():
                 process.kill()
             process.join()
+        self._store = None  # its server is a thread, and threads and forks do not mix
 
     def said(self, rank: int | None = None, stream: str = "*") -> str:
         """What one rank, or all, have printed."""
@@ -103,10 +114,16 @@ class Run:
         return json.loads((self.directory / "result.json").read_text())
 
 
-def start(size: int, folder: Path, *flags: str, prepare: Callable[[int], None] | None = None) -> Run:
-    """Start a run of the faulty problem; ``prepare(rank)`` is called in each process first."""
+def start(
+    size: int,
+    folder: Path,
+    *flags: str,
+    prepare: Callable[[int], None] | None = None,
+    flags_of: Callable[[int], tuple[str, ...]] = lambda rank: (),
+) -> Run:
+    """Start a run of the faulty problem; ``prepare(rank)`` is called in each process first, ``flags_of(rank)`` are its own."""
     folder.mkdir(exist_ok=True)
-    return Run(size, folder, flags, prepare)
+    return Run(size, folder, flags, prepare, flags_of)
 
 
 def run(size: int, folder: Path, *flags: str, within: float = BOUND, code: int | None = 0, **options: Any) -> Run:
