@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # Set up, and run the tests.
 #
-#   bash launch/test.sh [ARGUMENTS OF pytest]
+#   bash launch/test.sh [--all] [ARGUMENTS OF pytest]
+#
+# --all runs the tests that take minutes, too.
 set -euo pipefail
 # shellcheck source=launch/setup.sh
 . "$(dirname "${BASH_SOURCE[0]}")/setup.sh"

@@ -16,6 +16,18 @@ hypothesis.settings.register_profile("dhf", deadline=None, derandomize=True, max
 hypothesis.settings.load_profile("dhf")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all", action="store_true", help="run the tests that take minutes, too")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--all"):
+        skip = pytest.mark.skip(reason="takes minutes; run with --all")
+        for item in items:
+            if item.get_closest_marker("long"):
+                item.add_marker(skip)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def forked_ranks() -> Iterator[None]:
     """Ranks for the whole session, forked before any test has run."""

@@ -1,4 +1,7 @@
-"""A problem that goes wrong on one rank, at one step, in one place, in one way. Also a problem file of the trainer."""
+"""A problem that goes wrong on one rank, at one step, in one place, in one way. Also a problem file of the trainer.
+
+It goes wrong in the first attempt alone, and not after a restart.
+"""
 
 from __future__ import annotations
 
@@ -108,7 +111,7 @@ def build(
     product: int = 3,
 ) -> dhf.Problem:
     """The problem; ``rank`` names where the fault is, ``pause`` makes each step last, ``differs`` is what that rank has apart."""
-    mine = rank == int(os.environ.get("RANK", "0"))
+    mine = rank == int(os.environ.get("RANK", "0")) and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(samples + (mine and differs == "samples"), 5, generator=generator)
     y = torch.randint(0, 3, (len(x),), generator=generator)

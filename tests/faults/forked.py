@@ -44,9 +44,8 @@ class Run:
         assert not dist.is_initialized()
         self.folder, self.directory = folder, folder / "run"
         # the store is the agent's, as under torchrun: it outlives any rank
-        self._store: dist.TCPStore | None = dist.TCPStore(
-            "127.0.0.1", 0, None, True, datetime.timedelta(seconds=30), wait_for_workers=False
-        )
+        seconds = datetime.timedelta(seconds=30)
+        self._store: dist.TCPStore | None = dist.TCPStore("127.0.0.1", 0, None, True, seconds, wait_for_workers=False)
         environment = {
             "WORLD_SIZE": str(size),
             "LOCAL_WORLD_SIZE": str(size),
