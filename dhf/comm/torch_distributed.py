@@ -151,7 +151,7 @@ class TorchDistributed:
 
     def _roll_call(self) -> list[int] | None:
         """The ranks that are still there, this one included; None if the store does not answer either."""
-        if not dist.is_initialized():
+        if self._store is None and not dist.is_initialized():
             return None
         try:
             store = self._store if self._store is not None else dist.distributed_c10d._get_default_store()

@@ -18,7 +18,7 @@ from dhf.optim import StepReport
 from dhf.parameters import Parameters
 from dhf.reason import Reason
 from dhf.run.assembly import Parts, assemble, graph_builder
-from dhf.run.closing import Closing
+from dhf.run.closing import Ending, sum_up, write_result
 from dhf.run.config import Config, to_yaml
 from dhf.run.directory import RunDirectory, default_directory
 from dhf.run.dry_run import measure
@@ -32,6 +32,7 @@ from dhf.run.signals import StopSignals
 __all__ = ["Trainer"]
 
 _FAILED_STEPS = 20
+_LEAVING = 60.0  # seconds that the ranks wait for the one that writes and draws
 _JOB_END_MARGIN = 60.0  # seconds before the end of a SLURM job at which a run stops
 
 
@@ -283,19 +284,38 @@ class Trainer:
             target_missed=self.config.error_if_not_converged and reason is not Reason.TARGET_REACHED,
             job_ends=self.job_ends,
         )
+        ending = self._ending(reason, code, failure)
         if speaks and self.claimed:
-            Closing(self).write(reason, code, failure)
+            self.monitor.visible = True  # also where it is not rank 0 that is left
+            write_result(ending, self.directory, self.monitor)
         if speaks and code != EXIT_RANKS:
             with contextlib.suppress(CommunicationError):
                 self.comm.remember("ended", str(code))
         self.stop.settle(code)
         if speaks and self.claimed:
-            Closing(self).say(reason)
+            sum_up(ending, self.directory, self.monitor, self.parts.problem)
         if together:
             # a rank that leaves first would have the launcher end the others
             with contextlib.suppress(CommunicationError):
-                self.comm.barrier()
+                self.comm.barrier(timeout=min(_LEAVING, self.config.timeout))
         return code
+
+    def _ending(self, reason: Reason, code: int, failure: Exception | None) -> Ending:
+        return Ending(
+            reason,
+            code,
+            failure,
+            self.step,
+            self.step - self.first_step,
+            self.first_loss,
+            self.loss,
+            self.config.target_loss,
+            time.monotonic() - self.began,
+            self.wall_before,
+            self.products,
+            self.comm.size,
+            self.pace.words(),
+        )
 
     def _save_after(self, failure: Exception, *, speaks: bool, together: bool) -> None:
         """A failed step has left the parameters at its start: what the steps before it have reached is saved."""
