@@ -44,7 +44,7 @@ class TorchDistributed:
         CommunicationError: If not all ranks come within the timeout.
     """
 
-    _open = 0
+    _open = _made = 0
     _owns_default = False
 
     def __init__(
@@ -66,6 +66,8 @@ class TorchDistributed:
         self._store, self._launch_store = store, launch_store
         self._lost: CommunicationError | None = None
         self._groups: list[dist.ProcessGroup] = []
+        TorchDistributed._made += 1
+        self._name = f"dhf/communicator{TorchDistributed._made}"  # every rank makes them in one order
         self._call(f"joining {size} ranks", self._join)
         TorchDistributed._open += 1
         self._closed = False
@@ -155,8 +157,8 @@ class TorchDistributed:
             return None
         try:
             store = self._store if self._store is not None else dist.distributed_c10d._get_default_store()
-            store.set(f"dhf/here/{self.rank}", "here")
-            names = [f"dhf/here/{r}" for r in range(self.size)]
+            store.set(f"{self._name}/here/{self.rank}", "")
+            names = [f"{self._name}/here/{r}" for r in range(self.size)]
             end = time.monotonic() + _ROLL_CALL
             while True:
                 here = [r for r, name in enumerate(names) if store.check([name])]

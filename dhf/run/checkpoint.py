@@ -142,14 +142,15 @@ def load_module(module: torch.nn.Module, state: Mapping[str, torch.Tensor], path
     module.load_state_dict(dict(state))
 
 
-def forget_after(folder: Path, step: int) -> None:
-    """Remove the checkpoints past a step that a run goes on from; LATEST names that step's, if it is here."""
+def forget_after(folder: Path, step: int) -> list[str]:
+    """Remove the checkpoints past a step that a run goes on from, and tell which; LATEST names that step's, if it is here."""
     kept = folder / f"step-{step}"
     if kept.is_dir():
         write_atomically(folder / "LATEST", kept.name + "\n")
-    for path in _by_step(folder):
-        if _step(path) > step:
-            shutil.rmtree(path, ignore_errors=True)
+    later = [path for path in _by_step(folder) if _step(path) > step]
+    for path in later:
+        shutil.rmtree(path, ignore_errors=True)
+    return [path.name for path in later]
 
 
 def _is_whole(path: Path) -> bool:

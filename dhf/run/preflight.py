@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from dhf.coordinator import Coordinator
+from dhf.coordinator import Coordinator, capture
 from dhf.objective import Objective
 from dhf.parameters import Parameters
 from dhf.problems import Shard
@@ -30,6 +30,11 @@ def require_same_problem(
     coordinator: Coordinator, objective: Objective, train: Shard, validation: Shard | None
 ) -> None:
     """Raise RanksDifferError on every rank if two ranks have built different models, objectives or data."""
+    facts, failure = capture(lambda: _facts(objective, train, validation))
+    coordinator.require_same(facts or {}, failure=failure)
+
+
+def _facts(objective: Objective, train: Shard, validation: Shard | None) -> dict[str, str]:
     loss = objective.known_loss()
     facts = {
         "objective": type(objective).__qualname__,
@@ -40,4 +45,4 @@ def require_same_problem(
     }
     for name, shard in (("the training data", train), ("the validation data", validation)):
         facts |= {f"{what} of {name}": value for what, value in (shard.facts() if shard else {}).items()}
-    coordinator.require_same(facts)
+    return facts

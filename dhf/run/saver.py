@@ -88,9 +88,9 @@ class Saver:
             self.last_step = state["progress"]["step"]
         return Progress(**state["progress"])
 
-    def go_on_from(self, step: int) -> None:
-        """Leave behind the checkpoints of this directory that are past the step the run goes on from. Rank 0 calls it."""
-        forget_after(self._directory.checkpoints, step)
+    def go_on_from(self, step: int) -> list[str]:
+        """Remove the checkpoints of this directory past the step the run goes on from; their names. Rank 0 calls it."""
+        return forget_after(self._directory.checkpoints, step)
 
     def save(self, parts: Parts, progress: Progress) -> str | None:
         """Write a checkpoint, unless this step's is there; every rank calls it. What went wrong with the disk, or None."""

@@ -245,8 +245,9 @@ class Trainer:
             raise UsageError(
                 f"the run directory {self.directory.path} cannot be written: {error}; use another --run-dir"
             ) from None
-        if resumed:
-            self.saver.go_on_from(self.step)
+        removed = self.saver.go_on_from(self.step) if resumed else []
+        if removed:
+            self.monitor.say(f"removed the checkpoints of the course that is left: {', '.join(removed)}")
 
     def _progress(self) -> Progress:
         return Progress(self.step, self.failed_steps, self.wall_before + time.monotonic() - self.began)

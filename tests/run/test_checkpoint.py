@@ -57,7 +57,7 @@ def test_a_step_that_is_there_and_whole_is_not_written_again(tmp_path):
 def test_going_back_to_a_step_leaves_the_later_ones_behind(tmp_path):
     for step in (1, 2, 3):
         checkpoint.save(tmp_path, step, {"step": step})
-    checkpoint.forget_after(tmp_path, 1)
+    assert checkpoint.forget_after(tmp_path, 1) == ["step-2", "step-3"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["LATEST", "step-1"]
     assert checkpoint.find(tmp_path)[0][0].name == "step-1"
 
