@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 __all__ = [
     "CommunicationError",
     "NonFiniteError",
@@ -22,7 +25,15 @@ class StaleGraphError(RuntimeError):
 
 
 class NonFiniteError(ArithmeticError):
-    """A loss, gradient or product holds NaN or infinity; the text names the ranks."""
+    """A loss, gradient or product holds NaN or infinity; the text names the ranks.
+
+    Attributes:
+        places: The ranks, each with the sample that ``debug_nonfinite`` has found, or None.
+    """
+
+    def __init__(self, message: str, places: Mapping[int, Any] | None = None) -> None:
+        super().__init__(message)
+        self.places: Mapping[int, Any] = places or {}
 
 
 class RanksDifferError(UsageError):

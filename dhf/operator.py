@@ -80,11 +80,19 @@ class GlobalOperator:
         move_buffers: bool = False,
         debug_nonfinite: bool = False,
     ) -> None:
+        if not isinstance(objective, Objective):
+            raise UsageError(
+                f"expected a dhf.Objective, got {type(objective).__name__}; use dhf.Objective(module, loss)"
+            )
         comm = comm if comm is not None else coordinator.comm if coordinator else _serial_for(objective)
         self._coordinator = coordinator or Coordinator(comm)
         self.comm = comm
         self.space: VectorSpace = Replicated()
         self.products = 0
+        if not isinstance(objective, Objective):
+            raise UsageError(
+                f"expected a dhf.Objective, got {type(objective).__name__}; use dhf.Objective(module, loss)"
+            )
         check_module(objective.module)
         self.parameters = Parameters(objective.module)
         self._decay = objective.weight_decay
@@ -99,6 +107,10 @@ class GlobalOperator:
 
         def build_shard() -> ShardCurvature:
             pieces = list(batches)
+            if type(objective).outputs is Objective.outputs and any(isinstance(p, Tensor) for p in pieces):
+                raise UsageError(
+                    "batches must hold micro-batches (inputs, targets), and holds tensors; for one micro-batch give [batch]"
+                )
             seeds = micro_batch_seeds(seed, comm.rank, len(pieces))
             if debug_nonfinite:
                 self._search = functools.partial(find_non_finite, objective, self.parameters, pieces, seeds, build)
@@ -142,7 +154,11 @@ class GlobalOperator:
         """
         product, verdict = self.apply(v)
         if verdict.reason is Reason.NON_FINITE:
-            raise NonFiniteError(f"the product holds NaN or infinity, from {self.non_finite_words()}; look at its data")
+            if not torch.isfinite(v).all():
+                raise ValueError("the vector of the product holds NaN or infinity itself")
+            raise NonFiniteError(
+                f"the product holds NaN or infinity, from {self.non_finite_words()}; look at its data", self.non_finite
+            )
         return product.clone()
 
     def apply(
@@ -238,7 +254,8 @@ class GlobalOperator:
         if verdict.reason is Reason.NON_FINITE:
             raise NonFiniteError(
                 f"the loss is {self.loss:g} and its gradient not finite, from {self.non_finite_words()}; look for NaN in the "
-                "data, a loss that overflows, or too large initial weights"
+                "data, a loss that overflows, or too large initial weights",
+                self.non_finite,
             )
 
     @staticmethod

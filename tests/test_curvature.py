@@ -661,3 +661,12 @@ def test_products_on_cuda_equal_those_on_cpu(curvature: str, model: str) -> None
     objective.module.cuda()
     with CURVATURES[curvature](objective, [(x.cuda(), y.cuda())]) as A:
         assert relative_error((A @ v.cuda()).cpu(), truth) < 1e-9
+
+
+def test_a_vector_that_is_not_finite_is_not_blamed_on_the_data() -> None:
+    objective, batch = problem()
+    with (
+        dhf.Hessian(objective, [batch]) as A,
+        pytest.raises(ValueError, match="the vector of the product holds NaN or infinity itself"),
+    ):
+        A @ torch.full((43,), float("nan"), dtype=torch.float64)

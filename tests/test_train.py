@@ -233,7 +233,7 @@ def test_an_error_in_the_problem_file_shows_its_traceback_and_ends_with_5(run, c
     code, directory = run("--options.fault", "raise")
     err = capsys.readouterr().err
     assert code == 5
-    assert "no such luck" in err
+    assert "error: RuntimeError: no such luck" in err
     assert "mine.py" in err
     assert not directory.exists()
 

@@ -55,6 +55,8 @@ def reduction_ratio(loss: float, loss_after: float, predicted: float, eps: float
         predicted: ``gᵀd + ½ dᵀBd``, negative for a descent.
         eps: Machine epsilon of the parameters' dtype.
     """
+    if predicted == 0:
+        return math.nan
     tolerance = rounding(loss, eps)
     if abs(loss_after - loss) <= tolerance and abs(predicted) <= tolerance:
         return 1.0

@@ -122,6 +122,10 @@ class HessianFree(torch.optim.Optimizer):
             raise UsageError(f"cg_max_iterations must be at least 1, got {cg_max_iterations}")
         if not damping > 0:
             raise UsageError(f"damping must be positive, got {damping}")
+        if not isinstance(objective, Objective):
+            raise UsageError(
+                f"expected a dhf.Objective, got {type(objective).__name__}; use dhf.Objective(module, loss)"
+            )
         self.objective = objective
         self.parameters = Parameters(objective.module)
         comm = comm if comm is not None else coordinator.comm if coordinator else Serial(self.parameters.device)

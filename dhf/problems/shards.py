@@ -2,14 +2,16 @@
 
 The samples of a step have one order, the same whatever the number of ranks; rank r takes the r-th of ``size``
 contiguous parts of it. Which samples a step takes depends on the seed and the step alone, so a resumed run goes on with
-the right ones, also with another number of ranks.
+the right ones, also with another number of ranks. A data set whose samples are drawn at random (augmentation) is drawn anew
+for each step of a mini-batch run, and once for a run that takes all samples in each step; by seed, step and sample, so that
+ranks and resumed runs draw alike.
 """
 
 from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset, default_collate
 
 from dhf.errors import UsageError
+from dhf.evaluation import stream_seed
 
 __all__ = ["Shard"]
 
@@ -77,20 +80,18 @@ class Shard:
     def facts(self) -> dict[str, str]:
         """What must be the same of the data on all ranks: their number, form and content, the last as a hash.
 
-        Tensors are hashed whole up to 64 MiB and by rows at even distances above; of a data set, 64 samples at even distances,
-        unless they come out differently when read twice.
+        Tensors are hashed whole up to 64 MiB and by rows at even distances above; of a data set, 64 samples at even distances.
         """
         return {
             "samples": str(self.samples),
-            "form": _form(self._data[0]),
+            "form": _form(_samples(self._data, [0], 0, 0)[0]),
             "content": _content(self._data, self.samples),
         }
 
-    def place(self, step: int, micro_batch: int, row: int) -> int:
-        """The index in the data set of a sample of this rank's micro-batches."""
+    def place(self, step: int, rank: int, micro_batch: int, row: int) -> int:
+        """The index in the data set of a sample of a rank's micro-batches."""
         order = np.arange(self.samples) if self._batch == self.samples else self._order(step)
-        mine = np.array_split(order, self._size)[self._rank]
-        return int(mine[micro_batch * (self._micro or 0) + row])
+        return int(np.array_split(order, self._size)[rank][micro_batch * (self._micro or 0) + row])
 
     def batches(self, step: int) -> list[Any]:
         """This rank's micro-batches of a step, on its device.
@@ -99,9 +100,9 @@ class Shard:
             UsageError: If a sample holds NaN or infinity; it names the sample.
         """
         if self._batch < self.samples:
-            return self._fetch(self._order(step))
+            return self._fetch(self._order(step), step)
         if self._whole is None:
-            self._whole = self._fetch(np.arange(self.samples))
+            self._whole = self._fetch(np.arange(self.samples), 0)
         return self._whole
 
     def _order(self, step: int) -> np.ndarray:
@@ -110,16 +111,16 @@ class Shard:
         order = np.random.default_rng([self._seed, epoch]).permutation(self.samples)
         return order[place * self._batch : (place + 1) * self._batch]
 
-    def _fetch(self, order: np.ndarray) -> list[Any]:
+    def _fetch(self, order: np.ndarray, draw: int) -> list[Any]:
         mine = np.array_split(order, self._size)[self._rank]
         size = self._micro or max(1, len(mine))
-        return [self._batch_of(mine[i : i + size]) for i in range(0, len(mine), size)]
+        return [self._batch_of(mine[i : i + size], draw) for i in range(0, len(mine), size)]
 
-    def _batch_of(self, indices: np.ndarray) -> Any:
+    def _batch_of(self, indices: np.ndarray, draw: int) -> Any:
         if isinstance(self._data, TensorDataset):
             batch: Any = tuple(t[torch.from_numpy(indices)] for t in self._data.tensors)
         else:
-            batch = default_collate([self._data[int(i)] for i in indices])
+            batch = default_collate(_samples(self._data, indices, self._seed, draw))
         return self._place(batch, indices)
 
     def _place(self, part: Any, indices: np.ndarray) -> Any:
@@ -136,7 +137,7 @@ class Shard:
 
 
 def _as_dataset(data: Dataset[Any] | Sequence[Tensor]) -> Dataset[Any]:
-    if isinstance(data, (tuple, list)):
+    if isinstance(data, tuple) or (isinstance(data, list) and all(isinstance(t, Tensor) for t in data)):
         if not data or not all(isinstance(t, Tensor) and t.dim() and len(t) == len(data[0]) for t in data):
             raise UsageError("data given as a tuple must be tensors with one leading dimension")
         return TensorDataset(*data)
@@ -164,14 +165,25 @@ def _content(data: Dataset[Any], samples: int) -> str:
         stride = -(-size // _HASHED_BYTES)
         return _digest([t[::stride] for t in data.tensors])
     chosen = sorted({round(i) for i in np.linspace(0, samples - 1, 64)})
+    return _digest(_samples(data, chosen, 0, 0))
+
+
+def _samples(data: Dataset[Any], indices: Iterable[int], seed: int, draw: int) -> list[Any]:
+    """Samples of a data set; what they draw at random depends on the seed, the drawing and their index alone."""
     python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    found = []
     try:
         with torch.random.fork_rng(devices=[]):
-            digests = {_digest([data[i] for i in chosen]) for _ in range(2)}
+            for i in map(int, indices):
+                own = stream_seed(seed, draw, i)
+                random.seed(own)
+                np.random.seed(own & 0xFFFFFFFF)  # noqa: NPY002
+                torch.random.default_generator.manual_seed(own)
+                found.append(data[i])
     finally:
         random.setstate(python)
         np.random.set_state(legacy)  # noqa: NPY002
-    return digests.pop() if len(digests) == 1 else "random"
+    return found
 
 
 def _digest(value: Any) -> str:

@@ -11,6 +11,7 @@ from dhf.problems import Problem
 from dhf.reason import Reason
 from dhf.run.directory import RunDirectory
 from dhf.run.monitor import Monitor
+from dhf.run.outcome import in_words
 from dhf.run.plot import draw_run
 
 __all__ = ["Ending", "sum_up", "write_result"]
@@ -24,6 +25,7 @@ class Ending:
         reason: Why.
         code: The process's exit code.
         failure: The error that ended it, or None.
+        failed_rank: The rank it comes from, where it comes from one.
         steps: Steps done, those before a resume included.
         new_steps: Of these, taken by this run.
         first_loss: The objective when it started.
@@ -39,6 +41,7 @@ class Ending:
     reason: Reason
     code: int
     failure: Exception | None
+    failed_rank: int | None
     steps: int
     new_steps: int
     first_loss: float
@@ -61,8 +64,8 @@ def write_result(ending: Ending, directory: RunDirectory, monitor: Monitor) -> N
         "wall_time": ending.seconds_before + ending.seconds,
         "world_size": ending.ranks,
         "products": ending.products,
-        "failed_rank": getattr(ending.failure, "rank", None),
-        "error": None if ending.failure is None else str(ending.failure),
+        "failed_rank": ending.failed_rank,
+        "error": None if ending.failure is None else in_words(ending.failure),
     }
     try:
         directory.write_result(result)

@@ -31,7 +31,7 @@ A problem file is Python code, and is run.
 _EPILOG = """\
 exit codes: 0 done, 2 usage, 3 diverged, 4 target not reached (with --error-if-not-converged), 5 communication or rank
 failure, 75 stopped after a checkpoint by a signal, or for the end of a SLURM job. torchrun turns all but 0 into 1;
-result.json keeps the code.
+result.json, of a run that has started, keeps the code.
 """
 
 

@@ -15,7 +15,17 @@ from dhf.errors import (
 )
 from dhf.reason import Reason
 
-__all__ = ["EXIT_DONE", "EXIT_RANKS", "EXIT_USAGE", "SHARED", "exit_code", "explain", "reason_of", "speaker"]
+__all__ = [
+    "EXIT_DONE",
+    "EXIT_RANKS",
+    "EXIT_USAGE",
+    "SHARED",
+    "exit_code",
+    "explain",
+    "in_words",
+    "reason_of",
+    "speaker",
+]
 
 EXIT_DONE, EXIT_USAGE, EXIT_DIVERGED, EXIT_TARGET, EXIT_RANKS, EXIT_SIGNAL = 0, 2, 3, 4, 5, 75
 
@@ -60,11 +70,20 @@ def explain(failure: Exception, *, speaks: bool) -> None:
         speaks = speaks or not failure.survivors
     elif not isinstance(failure, SHARED):
         traceback.print_exception(failure)
-        return
+        speaks = True
     if speaks:
         if isinstance(failure, RankError):
             print(failure.traceback.rstrip(), file=sys.stderr)
-        print(f"error: {failure}", file=sys.stderr, flush=True)
+        print(f"error: {in_words(failure)}", file=sys.stderr, flush=True)
+
+
+def in_words(failure: Exception) -> str:
+    """An error in one line; with its type and micro-batch where it is not one of dhf's own."""
+    if isinstance(failure, (*SHARED, CommunicationError)):
+        return str(failure)
+    micro_batch = getattr(failure, "micro_batch", None)
+    where = "" if micro_batch is None else f"in micro-batch {micro_batch}: "
+    return f"{where}{type(failure).__name__}: {failure}"
 
 
 def speaker(failure: Exception | None) -> int:

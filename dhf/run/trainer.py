@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from dhf.comm import Communicator
 from dhf.coordinator import Coordinator, capture
-from dhf.errors import CommunicationError, UsageError
+from dhf.curvature import NonFinite
+from dhf.errors import CommunicationError, NonFiniteError, UsageError
 from dhf.evaluation import evaluate, micro_batch_seeds
 from dhf.operator import loss_and_gradient
 from dhf.optim import StepReport
@@ -66,6 +68,8 @@ class Trainer:
             reason = self.train()
         except Exception as error:
             failure, reason = error, reason_of(error, at_start=self.step == self.first_step)
+        if isinstance(failure, NonFiniteError) and failure.places:
+            failure = NonFiniteError(f"{failure}{self._found_in_the_data(failure.places, self.step)}")
         return self._end(reason, failure)
 
     def set_up(self) -> None:
@@ -163,18 +167,22 @@ class Trainer:
         return Reason.NO_DECREASE if self.failed_steps >= _FAILED_STEPS else self.coordinator.stopping
 
     def _record(self, report: StepReport) -> None:
-        extra = self._extra_metrics()
-        pace = self.pace.note(report)
+        row = self._row(report)
+        if report.non_finite:
+            ranks = ", ".join(f"rank {r} ({place})" if place else f"rank {r}" for r, place in report.non_finite.items())
+            found = self._found_in_the_data(report.non_finite, self.step - 1)
+            self.monitor.say(f"warning: step {self.step}: a product is not finite, from {ranks}{found}")
+        try:
+            extra = self._extra_metrics(row)
+        except Exception:
+            self._write(row, {})  # the step was taken, whatever its metrics
+            raise
+        self._write(row, extra)
+
+    def _row(self, report: StepReport) -> dict[str, Any]:
+        """A step's line of the metrics; the problem's own numbers come after these."""
         solve = report.solve
-        for rank, place in report.non_finite.items():
-            sample = ""
-            if place is not None and place.row is not None and rank == self.comm.rank:
-                sample = f": sample {self.parts.train.place(self.step - 1, place.micro_batch, place.row)} of the data"
-            words = f"warning: step {self.step}: the product of rank {rank} is not finite"
-            self.monitor.say(words + (f" ({place})" if place else "") + sample)
-        if not self.leads:
-            return
-        row = {
+        return {
             "step": self.step,
             "loss": report.loss,
             "loss_after": report.loss_after,
@@ -191,23 +199,30 @@ class Trainer:
             "cg_residual_norm": solve.residual_norm if solve else None,
             "cg_true_residual_norm": solve.true_residual_norm if solve else None,
             "non_finite_ranks": list(report.non_finite),
-            **pace,
-            **extra,
+            **self.pace.note(report),
         }
+
+    def _write(self, row: dict[str, Any], extra: dict[str, float]) -> None:
+        if not self.leads:
+            return
         try:
-            self.directory.append(row)
+            self.directory.append({**row, **extra})
         except OSError as error:
             self.monitor.say(f"warning: metrics are kept in memory, since they cannot be written: {error}")
         self.monitor.step(row, extra)
 
-    def _extra_metrics(self) -> dict[str, float]:
+    def _extra_metrics(self, row: dict[str, Any]) -> dict[str, float]:
         """The problem's own numbers, taken on rank 0, and the loss on held-out data, over all ranks."""
-        problem, extra = self.parts.problem, {}
-        if problem.metrics is not None:
-            taken = self.coordinator.attempt(
-                lambda: dict(problem.metrics(self.objective.module)) if self.leads and problem.metrics else {}
-            )
-            extra = {name: float(value) for name, value in taken.items()}
+        metrics = self.parts.problem.metrics
+
+        def take() -> dict[str, float]:
+            taken = {} if metrics is None or not self.leads else metrics(self.objective.module)
+            for name in taken:
+                if name in row or name == "validation_loss":
+                    raise UsageError(f"the problem's metric {name!r} has the name of one of dhf's own; rename it")
+            return {name: float(value) for name, value in taken.items()}
+
+        extra = self.coordinator.attempt(take) if metrics is not None else {}
         if self.parts.validation is not None:
             held_out = self.parts.validation
             sums = self.coordinator.attempt(
@@ -221,6 +236,17 @@ class Trainer:
             total, count = self.coordinator.reduce(sums)
             extra["validation_loss"] = total / count
         return extra
+
+    def _found_in_the_data(self, places: Mapping[int, NonFinite | None], step: int) -> str:
+        """The samples from which NaN or infinity came, by their index in the data; or how to have them looked for."""
+        if not self.config.debug_nonfinite:
+            return "; --debug-nonfinite finds the sample"
+        found = ""
+        for rank, place in places.items():
+            if place is not None and place.row is not None:
+                index = self.parts.train.place(step, rank, place.micro_batch, place.row)
+                found += f"; of rank {rank} it is sample {index} of the data"
+        return found
 
     def _ended_before(self) -> int | None:
         """The exit code of an earlier attempt of this launch that ended for good, which a restart would only repeat."""
@@ -306,6 +332,7 @@ class Trainer:
             reason,
             code,
             failure,
+            self._failed_rank(failure),
             self.step,
             self.step - self.first_step,
             self.first_loss,
@@ -317,6 +344,11 @@ class Trainer:
             self.comm.size,
             self.pace.words(),
         )
+
+    def _failed_rank(self, failure: Exception | None) -> int | None:
+        if failure is None or isinstance(failure, (*SHARED, CommunicationError)):
+            return getattr(failure, "rank", None)
+        return self.comm.rank
 
     def _save_after(self, failure: Exception, *, speaks: bool, together: bool) -> None:
         """A failed step has left the parameters at its start: what the steps before it have reached is saved."""

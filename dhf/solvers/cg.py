@@ -61,6 +61,7 @@ def cg(
 
     Raises:
         ValueError: If shapes, dtypes or devices differ, or a tolerance is out of range.
+        TypeError: If the operator cannot multiply, or the preconditioner is not a function.
         RankError: If the preconditioner or the callback failed on a rank; alone, what they raised.
 
     Source: Hestenes & Stiefel (1952); stopping and backtracking iterates: Martens (2010), sections 4.4 and 4.6.
@@ -74,6 +75,10 @@ def cg(
     """
     _check_rules(rtol, atol, max_iterations, progress_tolerance, snapshot_ratio)
     check_system(operator, b, x0)
+    if preconditioner is not None and not callable(preconditioner):
+        raise TypeError(
+            f"preconditioner must be a function of r, got {type(preconditioner).__name__}; use lambda r: M @ r"
+        )
     A = as_operator(operator)
     b_norm = math.sqrt(A.space.dots((b, b))[0])
     if b_norm == 0:

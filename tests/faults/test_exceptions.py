@@ -41,6 +41,47 @@ def test_an_exception_on_one_rank_ends_all(tmp_path: Path, place: str, fault: st
     assert (found[0].name, damaged) == ("step-1", [])
 
 
+METRICS = """
+import torch, dhf
+
+def build(answer: str, at: int) -> dhf.Problem:
+    x = torch.linspace(-1, 1, 12).view(-1, 1)
+    calls = []
+
+    def metrics(module):
+        calls.append(1)
+        if len(calls) < at:
+            return {"fine": 1.0}
+        if answer == "raise":
+            raise KeyError("no such number")
+        return {"text": {"mine": "text"}, "name": {"loss": 5.0}}[answer]
+
+    return dhf.Problem(dhf.Objective(torch.nn.Linear(1, 1), torch.nn.MSELoss()), (x, x**2), metrics=metrics)
+"""
+
+
+@pytest.mark.parametrize(
+    ("answer", "code", "words"),
+    [
+        ("raise", 5, ") failed: KeyError: 'no such number'"),
+        ("text", 5, ") failed: ValueError: could not convert string to float: 'text'"),
+        ("name", 2, "error: rank 0: the problem's metric 'loss' has the name of one of dhf's own; rename it"),
+    ],
+)
+@pytest.mark.parametrize("at", [1, 3])
+def test_metrics_that_fail_or_cannot_be_used(tmp_path: Path, answer: str, code: int, words: str, at: int) -> None:
+    (tmp_path / "metrics.py").write_text(METRICS)
+    flags = ("--problem", f"{tmp_path}/metrics.py:build", "--options.answer", answer, "--options.at", str(at))
+    ended = run(2, tmp_path / "run", *flags, "--steps", "9", code=code, within=BOUND)
+    err = ended.said(stream="err")
+    assert words in err
+    assert err.count("error:") == 1
+    assert ended.result()["exit_code"] == code
+    # the step had been taken before its metrics were asked for
+    assert [row["step"] for row in ended.rows()] == list(range(1, at + 1))
+    assert "no pictures" not in ended.said(stream="out")
+
+
 def test_an_exception_while_a_checkpoint_is_written(tmp_path: Path) -> None:
     def prepare(rank: int) -> None:
         def fail(*_: object, **__: object) -> Path:

@@ -74,6 +74,41 @@ def test_the_sample_is_found(power: float, what: str, row: int) -> None:
         assert f"from rank 2 (the {what} of sample {row} of micro-batch 1)" in text
 
 
+FILE = """
+import torch, dhf
+
+class Powers(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.ones(3))
+
+    def forward(self, x):
+        return x @ self.w
+
+def build(power: float) -> dhf.Problem:
+    x = torch.rand(40, 3) + 0.1
+    x[33] = 0.0
+    return dhf.Problem(dhf.Objective(Powers(), lambda z, batch: z.abs().pow(power).mean()), (x, x))
+"""
+
+
+@pytest.mark.parametrize(
+    ("power", "code", "words"), [(0.5, 2, "gradient not finite"), (1.5, 0, "a product is not finite")]
+)
+def test_the_trainer_names_the_sample_by_its_place_in_the_data(
+    tmp_path: Path, power: float, code: int, words: str
+) -> None:
+    """On rank 2 of 3, in its second micro-batch."""
+    (tmp_path / "powers.py").write_text(FILE)
+    flags = ("--problem", f"{tmp_path}/powers.py:build", "--options.power", str(power), "--curvature", "hessian")
+    flags = (*flags, "--steps", "2", "--micro-batch-size", "5", "--debug-nonfinite")
+    said = run(3, tmp_path / "run", *flags, code=code).said(0)
+    assert words in said
+    assert "from rank 2 (the " in said
+    assert " of sample 1 of micro-batch 1)" in said
+    assert "; of rank 2 it is sample 33 of the data" in said
+
+
 def test_a_step_with_such_a_product_changes_nothing_but_the_damping_and_the_run_goes_on(tmp_path: Path) -> None:
     """At step 2 the first product of rank 1 is NaN; step 3 is taken as usual."""
     flags = ("--options.fault", "poison", "--options.rank", "1", "--options.at", "2", "--options.product", "1")
@@ -84,7 +119,10 @@ def test_a_step_with_such_a_product_changes_nothing_but_the_damping_and_the_run_
     assert rows[1]["loss_after"] == rows[1]["loss"] == rows[2]["loss"]
     assert rows[2]["damping"] > rows[1]["damping"]
     assert rows[2]["loss_after"] < rows[2]["loss"]
-    assert "warning: step 2: the product of rank 1 is not finite" in (tmp_path / "out.0").read_text()
+    assert (
+        "warning: step 2: a product is not finite, from rank 1; --debug-nonfinite finds the sample"
+        in (tmp_path / "out.0").read_text()
+    )
 
 
 def test_a_run_whose_products_are_never_finite_ends_as_diverged(tmp_path: Path) -> None:

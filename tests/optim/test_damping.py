@@ -54,4 +54,5 @@ def test_ratio_is_one_where_both_vanish_in_rounding():
 
 def test_ratio_is_unknown_without_a_predicted_decrease():
     assert math.isnan(reduction_ratio(1.0, 0.5, 0.5, EPS))
+    assert math.isnan(reduction_ratio(1.0, 1.0, 0.0, EPS))
     assert math.isnan(reduction_ratio(1.0, 0.5, math.nan, EPS))

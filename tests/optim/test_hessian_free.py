@@ -221,3 +221,16 @@ def test_a_non_finite_loss_at_the_start_is_an_error():
     with pytest.raises(dhf.NonFiniteError, match="from rank 0"):
         dhf.HessianFree(objective).step([(x, y * math.inf)])
     assert torch.equal(objective.module.weight, before)
+
+
+def test_what_is_not_an_objective_or_not_a_list_of_micro_batches_is_refused():
+    module = nn.Linear(2, 1)
+    with pytest.raises(dhf.UsageError, match=r"expected a dhf.Objective, got generator"):
+        dhf.HessianFree(module.parameters())
+    objective = dhf.Objective(module, nn.MSELoss())
+    batch = torch.ones(3, 2), torch.ones(3, 1)
+    for wrong in (batch, list(batch)):
+        with pytest.raises(dhf.UsageError, match=r"for one micro-batch give \[batch\]"):
+            dhf.HessianFree(objective).step(wrong)
+    with pytest.raises(dhf.UsageError, match=r"expected a dhf.Objective, got Linear"):
+        dhf.GaussNewton(module, [batch])

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import random
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -93,3 +97,80 @@ def test_non_finite_data_name_the_sample(value):
 def test_unusable_data_are_refused(data, options, text):
     with pytest.raises(dhf.UsageError, match=text):
         shard(data, **options)
+
+
+class Augmented(Dataset):
+    """Draws from all three generators."""
+
+    def __len__(self) -> int:
+        return 10
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
+        noise = torch.rand(2) + random.random() + np.random.random()  # noqa: NPY002
+        return torch.full((2,), float(i)) + noise, torch.tensor(float(i))
+
+
+@pytest.mark.parametrize("batch_size", [None, 4])
+def test_random_samples_are_drawn_alike_by_any_number_of_ranks_and_after_a_resume(batch_size):
+    def drawn(size: int, step: int) -> torch.Tensor:
+        parts = []
+        for rank in range(size):
+            mine = shard(Augmented(), rank, size, batch_size=batch_size)
+            torch.rand(rank + 1)  # whatever else has been drawn
+            parts += [batch[0] for batch in mine.batches(step)]
+        return torch.cat(parts)
+
+    for step in (0, 3):
+        assert torch.equal(drawn(1, step), drawn(3, step))
+    if batch_size is not None:
+        one, other = drawn(1, 0), drawn(1, 3)
+        assert not any(torch.equal(row, x) for row in one for x in other)  # drawn anew
+
+
+def _seed() -> None:
+    torch.manual_seed(1)
+    random.seed(1)
+    np.random.seed(1)  # noqa: NPY002
+
+
+def test_the_global_generators_are_left_alone():
+    augmented = shard(Augmented())
+    _seed()
+    truth = torch.rand(()), random.random(), np.random.random()  # noqa: NPY002
+    _seed()
+    augmented.batches(0)
+    augmented.facts()
+    assert (torch.rand(()), random.random(), np.random.random()) == truth  # noqa: NPY002
+
+
+def test_a_list_of_samples_is_a_data_set():
+    samples = [(torch.full((2,), float(i)), i) for i in range(5)]
+    (batch,) = shard(samples).batches(0)
+    assert batch[0].shape == (5, 2)
+    assert batch[1].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_the_facts_tell_data_apart():
+    def facts(data) -> dict[str, str]:
+        return shard(data).facts()
+
+    x = torch.arange(12.0).view(6, 2)
+    assert facts((x,)) == facts((x.clone(),))
+    other = x.clone()
+    other[5, 1] += 1e-6 * 11
+    assert facts((x,))["content"] != facts((other,))["content"]
+    assert facts((x,))["form"] == facts((other,))["form"] != facts((x.double(),))["form"]
+    assert facts([{"a": row, "b": "text"} for row in x]) == facts([{"a": row, "b": "text"} for row in x])
+    assert facts([{"a": row, "b": "text"} for row in x]) != facts([{"a": row, "b": "other"} for row in x])
+
+
+@pytest.mark.parametrize("batch_size", [None, 7])
+def test_a_sample_is_found_again_by_its_place(batch_size):
+    x = torch.arange(23.0).view(-1, 1)
+    make = functools.partial(Shard, (x,), size=3, device=CPU, dtype=torch.float32)
+    first = make(rank=0, batch_size=batch_size, micro_batch_size=2)
+    for rank in range(3):
+        mine = make(rank=rank, batch_size=batch_size, micro_batch_size=2)
+        for j, (batch,) in enumerate(mine.batches(1)):
+            for row, value in enumerate(batch):
+                assert first.place(1, rank, j, row) == int(value)

@@ -421,3 +421,8 @@ def test_systems_that_do_not_fit(A: Tensor, b: Tensor, words: str) -> None:
 def test_an_object_that_cannot_multiply() -> None:
     with pytest.raises(TypeError, match="neither matvec"):
         cg(object(), vector(3))
+
+
+def test_a_preconditioner_that_is_not_a_function_is_refused() -> None:
+    with pytest.raises(TypeError, match="preconditioner must be a function of r, got Tensor"):
+        cg(torch.eye(2), torch.ones(2), preconditioner=torch.ones(2))
