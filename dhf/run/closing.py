@@ -7,6 +7,7 @@ import dataclasses
 import os
 from pathlib import Path
 
+from dhf.errors import CommunicationError
 from dhf.problems import Problem
 from dhf.reason import Reason
 from dhf.run.directory import RunDirectory
@@ -55,7 +56,12 @@ class Ending:
 
 
 def write_result(ending: Ending, directory: RunDirectory, monitor: Monitor) -> None:
-    """Write result.json, and the exit code where a launcher has asked for it."""
+    """Write result.json, and the exit code where a launcher has asked for it.
+
+    Ranks that have lost another leave alone what that one has written of its own failure.
+    """
+    if isinstance(ending.failure, CommunicationError) and (directory.path / "result.json").exists():
+        return
     result = {
         "reason": ending.reason.name,
         "exit_code": ending.code,

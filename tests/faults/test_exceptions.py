@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from dhf.run import checkpoint, saver
+from dhf.run.monitor import Monitor
 from tests.faults.forked import run
 
 BOUND = 20.0  # seconds for the whole run, its start included; a hang would last for the timeout of 300 s
@@ -80,6 +81,27 @@ def test_metrics_that_fail_or_cannot_be_used(tmp_path: Path, answer: str, code: 
     # the step had been taken before its metrics were asked for
     assert [row["step"] for row in ended.rows()] == list(range(1, at + 1))
     assert "no pictures" not in ended.said(stream="out")
+
+
+def test_a_fault_of_dhf_itself_on_one_rank(tmp_path: Path) -> None:
+    """Outside of what ranks tell one another: the others lose that rank, and what it has written of itself stands."""
+
+    def prepare(rank: int) -> None:
+        def fail(self: Monitor, *_: object) -> None:
+            raise RuntimeError("a fault of dhf")
+
+        Monitor.step = fail  # type: ignore[method-assign]
+
+    ended = run(3, tmp_path, "--steps", "9", prepare=prepare, code=5, within=BOUND)
+    assert "error: RuntimeError: a fault of dhf" in ended.said(0, "err")
+    assert "error: rank 0 missing in " in ended.said(1, "err")
+    result = ended.result()
+    assert (result["reason"], result["failed_rank"], result["error"]) == (
+        "RANK_FAILED",
+        0,
+        "RuntimeError: a fault of dhf",
+    )
+    assert checkpoint.find(ended.directory)[0] is not None
 
 
 def test_an_exception_while_a_checkpoint_is_written(tmp_path: Path) -> None:
