@@ -26,7 +26,7 @@ def disturbed_solves(comm: Communicator, disturbed: int) -> list[tuple[int, str,
             if seed % 2:
                 history = dhf.cg(A.shifted(1e-2), A.gradient, rtol=1e-7, max_iterations=8).history
                 rtol, atol = 0.0, comm.gather_objects(history[draw.randint(1, len(history) - 1)].residual_norm)[0]
-            solution = dhf.cg(A.shifted(1e-2), A.gradient, rtol=rtol, atol=atol, max_iterations=60)
+            solution = dhf.cg(A.shifted(1e-2), A.gradient, rtol=rtol, atol=atol, max_iterations=25)
             found.append((solution.iterations, solution.reason.name, A.products - products))
     return found
 

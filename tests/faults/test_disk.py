@@ -112,7 +112,7 @@ def test_a_disk_that_stays_full(tmp_path: Path) -> None:
         assert "ended    not saved" in said
         found, damaged = checkpoint.find(Path(directory))
         assert found is not None
-        assert int(found[0].name[5:]) >= 3
+        assert int(found[0].name[5:]) >= 2  # that of step 3 may have come too late
         assert damaged == []
 
 
