@@ -14,7 +14,7 @@ from torch import Tensor
 from dhf.errors import UsageError
 from dhf.losses import HalfSquaredNorm, Loss, OutputHessian, as_loss
 
-__all__ = ["LeastSquares", "Objective", "rows", "select"]
+__all__ = ["LeastSquares", "Objective", "require_objective", "rows", "select"]
 
 
 class Objective:
@@ -120,6 +120,12 @@ class LeastSquares(Objective):
                 f"LeastSquares.outputs must return residuals of shape (N,) or (N, k) with N = {self.count(batch)} samples, "
                 f"got {shape}; override count(batch) if the batch holds another number"
             )
+
+
+def require_objective(given: Any) -> None:
+    """Raise UsageError unless this is an Objective."""
+    if not isinstance(given, Objective):
+        raise UsageError(f"expected a dhf.Objective, got {type(given).__name__}; use dhf.Objective(module, loss)")
 
 
 def unwrap(module: torch.nn.Module) -> torch.nn.Module:

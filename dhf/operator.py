@@ -25,11 +25,12 @@ from dhf.curvature import (
     NonFinite,
     ShardCurvature,
     find_non_finite,
+    places_in_words,
 )
 from dhf.curvature.shard import BuildGraph
 from dhf.errors import NonFiniteError, StaleGraphError, UsageError
 from dhf.evaluation import check_module, micro_batch_seeds
-from dhf.objective import Objective
+from dhf.objective import Objective, require_objective
 from dhf.parameters import Parameters
 from dhf.reason import Reason
 from dhf.vector_space import Replicated, VectorSpace
@@ -80,19 +81,12 @@ class GlobalOperator:
         move_buffers: bool = False,
         debug_nonfinite: bool = False,
     ) -> None:
-        if not isinstance(objective, Objective):
-            raise UsageError(
-                f"expected a dhf.Objective, got {type(objective).__name__}; use dhf.Objective(module, loss)"
-            )
+        require_objective(objective)
         comm = comm if comm is not None else coordinator.comm if coordinator else _serial_for(objective)
         self._coordinator = coordinator or Coordinator(comm)
         self.comm = comm
         self.space: VectorSpace = Replicated()
         self.products = 0
-        if not isinstance(objective, Objective):
-            raise UsageError(
-                f"expected a dhf.Objective, got {type(objective).__name__}; use dhf.Objective(module, loss)"
-            )
         check_module(objective.module)
         self.parameters = Parameters(objective.module)
         self._decay = objective.weight_decay
@@ -157,7 +151,8 @@ class GlobalOperator:
             if not torch.isfinite(v).all():
                 raise ValueError("the vector of the product holds NaN or infinity itself")
             raise NonFiniteError(
-                f"the product holds NaN or infinity, from {self.non_finite_words()}; look at its data", self.non_finite
+                f"the product holds NaN or infinity, from {places_in_words(self.non_finite)}; look at its data",
+                self.non_finite,
             )
         return product.clone()
 
@@ -191,10 +186,6 @@ class GlobalOperator:
     def non_finite(self) -> dict[int, NonFinite | None]:
         """The ranks that put NaN or infinity into the last product that held any; with the sample where one was looked for."""
         return self._coordinator.non_finite
-
-    def non_finite_words(self) -> str:
-        """:attr:`non_finite` in words."""
-        return ", ".join(f"rank {r} ({place})" if place else f"rank {r}" for r, place in self.non_finite.items())
 
     def shifted(self, damping: float) -> Shifted:
         """``A + damping·I``, on the same graphs."""
@@ -253,8 +244,8 @@ class GlobalOperator:
         self.gradient = gradient.clone().add_(theta, alpha=self._decay)
         if verdict.reason is Reason.NON_FINITE:
             raise NonFiniteError(
-                f"the loss is {self.loss:g} and its gradient not finite, from {self.non_finite_words()}; look for NaN in the "
-                "data, a loss that overflows, or too large initial weights",
+                f"the loss is {self.loss:g} and its gradient not finite, from {places_in_words(self.non_finite)}; "
+                "look for NaN in the data, a loss that overflows, or too large initial weights",
                 self.non_finite,
             )
 

@@ -91,11 +91,13 @@ class Launched:
         return self.process.returncode, out, err
 
     def wait_until_gone(self, within: float) -> list[int]:
-        """What still lives after so many seconds at most."""
+        """What still lives after so many seconds at most; it is then killed."""
         end = time.monotonic() + within
         while self.processes() and time.monotonic() < end:
             time.sleep(0.2)
-        return list(self.processes())
+        left = list(self.processes())
+        self.stop()
+        return left
 
     def stop(self) -> None:
         """Kill what is left."""

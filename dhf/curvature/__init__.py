@@ -4,7 +4,7 @@ from dhf.curvature.fisher import FisherGraph
 from dhf.curvature.gauss_newton import GaussNewtonGraph
 from dhf.curvature.gradient import GradientGraph
 from dhf.curvature.hessian import HessianGraph
-from dhf.curvature.non_finite import NonFinite, find_non_finite
+from dhf.curvature.non_finite import NonFinite, find_non_finite, places_in_words
 from dhf.curvature.shard import Graph, ShardCurvature
 
 __all__ = [
@@ -16,4 +16,5 @@ __all__ = [
     "NonFinite",
     "ShardCurvature",
     "find_non_finite",
+    "places_in_words",
 ]

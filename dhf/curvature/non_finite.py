@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from dhf.evaluation import reproducible, twice_differentiable
 from dhf.objective import Objective, rows, select
 from dhf.parameters import Parameters
 
-__all__ = ["NonFinite", "find_non_finite"]
+__all__ = ["NonFinite", "find_non_finite", "places_in_words"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -35,6 +35,11 @@ class NonFinite:
     def __str__(self) -> str:
         where = "" if self.row is None else f"sample {self.row} of "
         return f"the {self.what} of {where}micro-batch {self.micro_batch}"
+
+
+def places_in_words(places: Mapping[int, NonFinite | None]) -> str:
+    """Ranks, each with where it was found there, if it was looked for."""
+    return ", ".join(f"rank {rank} ({place})" if place else f"rank {rank}" for rank, place in places.items())
 
 
 def find_non_finite(

@@ -6,6 +6,7 @@ A new curvature writes a Graph for one micro-batch; looping, weighting and reten
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -73,13 +74,10 @@ class ShardCurvature:
     ) -> None:
         self._parameters = parameters
         self._snapshot = parameters.snapshot()
-        self._graphs: list[Graph] = []
-        self._counts: list[float] = []
-        self._places: list[int] = []
+        self._kept: list[_Kept] = []
         self.rows = 0
         self.gradient_sum = torch.zeros(parameters.numel, dtype=parameters.dtype, device=parameters.device)
         losses = torch.zeros((), dtype=torch.float64, device=parameters.device)
-        self._indices: list[int] = []
         for j, (batch, seed) in enumerate(zip(batches, seeds, strict=True)):
             with naming_micro_batch(j):
                 count = objective.count(batch)
@@ -96,21 +94,18 @@ class ShardCurvature:
             for view, piece in zip(parameters.split(self.gradient_sum), graph.gradient, strict=True):
                 view.add_(piece, alpha=count)
             graph.gradient = ()
-            self._graphs.append(graph)
-            self._counts.append(count)
-            self._places.append(self.rows)
-            self._indices.append(j)
+            self._kept.append(_Kept(j, graph, count, self.rows))
             self.rows += graph.rows
         self.loss_sum = losses.item()
-        self.count = sum(self._counts)
-        self._weights: list[float] = []
+        self.count = sum(kept.count for kept in self._kept)
+        self._total = 0.0
 
     def begin(self, total: float, first_row: int) -> None:
         """Take the place among all data: the global sample count, and the index of this shard's first row."""
-        self._weights = [count / total for count in self._counts]
-        for graph, place, j in zip(self._graphs, self._places, self._indices, strict=True):
-            with naming_micro_batch(j):
-                graph.begin(first_row + place)
+        self._total = total
+        for kept in self._kept:
+            with naming_micro_batch(kept.index):
+                kept.graph.begin(first_row + kept.first_row)
 
     def product(self, v: Tensor, out: Tensor) -> None:
         """This shard's share of the global product, ``Σ count/total · A_j v``, into ``out`` of shape (n,).
@@ -120,13 +115,14 @@ class ShardCurvature:
         """
         self._snapshot.check()
         pieces_of_v = self._parameters.split(v)
-        if not self._graphs:
+        if not self._kept:
             out.zero_()
         with full_precision(self._parameters.device):
-            for j, (graph, weight) in enumerate(zip(self._graphs, self._weights, strict=True)):
-                with naming_micro_batch(self._indices[j]):
-                    pieces = graph.product(pieces_of_v)
-                if j == 0:
+            for i, kept in enumerate(self._kept):
+                with naming_micro_batch(kept.index):
+                    pieces = kept.graph.product(pieces_of_v)
+                weight = kept.count / self._total
+                if i == 0:
                     self._parameters.flatten(pieces, out=out)
                     if weight != 1.0:
                         out.mul_(weight)
@@ -140,5 +136,14 @@ class ShardCurvature:
 
     def close(self) -> None:
         """Free the graphs."""
-        self._graphs.clear()
-        self._weights.clear()
+        self._kept.clear()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Kept:
+    """A micro-batch that counts: its index and the row it begins at within the shard, its graph and its weight."""
+
+    index: int
+    graph: Graph
+    count: float
+    first_row: int

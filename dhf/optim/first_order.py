@@ -64,7 +64,6 @@ class FirstOrder:
         began, waited = time.perf_counter(), self.coordinator.seconds_waiting
         shard, failure = capture(lambda: list(batches))
         facts = {
-            **self.parameters.facts(),
             "method": self._method,
             "learning rate": repr(self._learning_rate),
             "seed": repr(self._seed),

@@ -31,7 +31,7 @@ from dhf.curvature import FisherGraph, GaussNewtonGraph, GradientGraph, HessianG
 from dhf.curvature.shard import BuildGraph
 from dhf.errors import NonFiniteError, UsageError
 from dhf.evaluation import moving_buffers, stream_seed
-from dhf.objective import Objective, rows, select
+from dhf.objective import Objective, require_objective, rows, select
 from dhf.operator import GlobalOperator
 from dhf.optim.damping import LevenbergMarquardt, reduction_ratio
 from dhf.optim.report import StepReport
@@ -122,10 +122,7 @@ class HessianFree(torch.optim.Optimizer):
             raise UsageError(f"cg_max_iterations must be at least 1, got {cg_max_iterations}")
         if not damping > 0:
             raise UsageError(f"damping must be positive, got {damping}")
-        if not isinstance(objective, Objective):
-            raise UsageError(
-                f"expected a dhf.Objective, got {type(objective).__name__}; use dhf.Objective(module, loss)"
-            )
+        require_objective(objective)
         self.objective = objective
         self.parameters = Parameters(objective.module)
         comm = comm if comm is not None else coordinator.comm if coordinator else Serial(self.parameters.device)
@@ -227,12 +224,11 @@ class HessianFree(torch.optim.Optimizer):
         return None if self._last is None or not self._decay else self._last * self._decay
 
     def _facts(self) -> dict[str, str]:
-        """The settings that must be the same on all ranks."""
+        """The settings that must be the same on all ranks; the operator compares the parameters."""
         preconditioner = self.preconditioner
         if callable(preconditioner):
             preconditioner = getattr(preconditioner, "__qualname__", type(preconditioner).__qualname__)
         return {
-            **self.parameters.facts(),
             "curvature": self.curvature,
             "preconditioner": preconditioner,
             **{f"CG's {name}": repr(value) for name, value in self._solve_options.items()},
@@ -325,8 +321,7 @@ class _Step:
             self.products,
             evaluations,
             0.0,
-            0.0,
-            self.non_finite,
+            non_finite=self.non_finite,
         )
 
     def _solve_on(self, operator: GlobalOperator) -> Solution:

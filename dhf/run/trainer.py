@@ -12,7 +12,7 @@ import torch
 
 from dhf.comm import Communicator
 from dhf.coordinator import Coordinator, capture
-from dhf.curvature import NonFinite
+from dhf.curvature import NonFinite, places_in_words
 from dhf.errors import CommunicationError, NonFiniteError, UsageError
 from dhf.evaluation import evaluate, micro_batch_seeds
 from dhf.operator import loss_and_gradient
@@ -169,7 +169,7 @@ class Trainer:
     def _record(self, report: StepReport) -> None:
         row = self._row(report)
         if report.non_finite:
-            ranks = ", ".join(f"rank {r} ({place})" if place else f"rank {r}" for r, place in report.non_finite.items())
+            ranks = places_in_words(report.non_finite)
             found = self._found_in_the_data(report.non_finite, self.step - 1)
             self.monitor.say(f"warning: step {self.step}: a product is not finite, from {ranks}{found}")
         try:

@@ -16,6 +16,7 @@ import dhf
 from dhf.comm import Communicator
 from dhf.coordinator import Coordinator
 from dhf.operator import loss_and_gradient
+from tests.faults.faulty import hooked
 from tests.models import problem, relative_error, split
 from tests.ranks import Died, Raised, ranks, try_ranks
 
@@ -273,28 +274,6 @@ def test_nan_in_the_data_of_one_rank() -> None:
         assert "from rank 1;" in outcome.text
 
 
-class _Poison(torch.autograd.Function):
-    """The identity, whose second derivative is NaN."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return _NanSlope.apply(gradient)
-
-
-class _NanSlope(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient.clone()
-
-    @staticmethod
-    def backward(ctx: Any, given: Tensor) -> Tensor:
-        return given * math.nan
-
-
 class Poisoned(nn.Linear):
     """Finite loss and gradient, but on some ranks NaN in every product."""
 
@@ -304,7 +283,7 @@ class Poisoned(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         z = super().forward(x)
-        return _Poison.apply(z) if self.bad else z
+        return hooked(z, lambda given: given * math.nan) if self.bad else z
 
 
 def nan_in_products(comm: Communicator, bad: list[int]) -> tuple[str, dhf.Solution]:

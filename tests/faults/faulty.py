@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,6 @@ import torch
 from torch import Tensor, nn
 
 import dhf
-
-PLACES = ("forward", "product", "search", "metrics")
 
 
 class Trap:
@@ -60,7 +59,7 @@ class Faulty(dhf.Objective):
             self.step += 1
             self._products = 0
             if self._place == "product" and self._trap is not None:
-                return _Identity.apply(z, self)
+                return hooked(z, self.on_product)
         place = "forward" if torch.is_grad_enabled() else "search"
         return self.spring(z) if place == self._place else z
 
@@ -74,28 +73,23 @@ class Faulty(dhf.Objective):
         return self.spring(x) if self._products == self._product else x
 
 
-class _Identity(torch.autograd.Function):
-    """z, whose second derivative passes through the trap."""
+def hooked(z: Tensor, hook: Callable[[Tensor], Tensor]) -> Tensor:
+    """z, whose second derivative passes through a hook."""
+    return _Hooked.apply(z, hook, 2)
+
+
+class _Hooked(torch.autograd.Function):
+    """The identity, whose derivative of this order passes through the hook."""
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, objective: Faulty) -> Tensor:
-        ctx.objective = objective
-        return z.clone()
+    def forward(ctx: Any, x: Tensor, hook: Callable[[Tensor], Tensor], order: int) -> Tensor:
+        ctx.hook, ctx.order = hook, order
+        return x.clone()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return _Slope.apply(gradient, ctx.objective), None
-
-
-class _Slope(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, gradient: Tensor, objective: Faulty) -> Tensor:
-        ctx.objective = objective
-        return gradient.clone()
-
-    @staticmethod
-    def backward(ctx: Any, given: Tensor) -> tuple[Tensor, None]:
-        return ctx.objective.on_product(given), None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        passed = ctx.hook(gradient) if ctx.order == 1 else _Hooked.apply(gradient, ctx.hook, ctx.order - 1)
+        return passed, None, None
 
 
 def build(

@@ -39,10 +39,7 @@ def test_a_killed_agent(number: int) -> None:
     launched.wait_for_step(2)
     assert sorted(r for r in launched.processes().values() if r is not None) == [0, 1, 2]
     os.kill(launched.process.pid, number)
-    try:
-        assert launched.wait_until_gone(within=30) == []
-    finally:
-        launched.stop()
+    assert launched.wait_until_gone(within=30) == []
     check_saved()
 
 
@@ -51,10 +48,7 @@ def test_a_killed_shell() -> None:
     launched = Launched(2, "2", *FLAGS, launcher=["bash", str(LAUNCH / "local.sh")])
     launched.wait_for_step(2)
     os.kill(launched.process.pid, signal.SIGKILL)
-    try:
-        assert launched.wait_until_gone(within=30) == []
-    finally:
-        launched.stop()
+    assert launched.wait_until_gone(within=30) == []
     check_saved()
 
 
