@@ -18,6 +18,8 @@ class Reason(enum.IntEnum):
     RESIDUAL_TOLERANCE = 1
     RELATIVE_PROGRESS = 2
     ZERO_RIGHT_HAND_SIDE = 3
+    TRUST_REGION_BOUNDARY = 8
+    LEAST_SQUARES_SOLUTION = 9
     # steps
     STEP_ACCEPTED = 4
     GRADIENT_ZERO = 5
@@ -31,6 +33,7 @@ class Reason(enum.IntEnum):
     NON_FINITE = -3
     ACCURACY_LOST = -4
     INDEFINITE_PRECONDITIONER = -5
+    NOT_SYMMETRIC = -14
     # steps
     NO_DECREASE = -6
     # runs
@@ -62,6 +65,10 @@ _ADVICE = {
     Reason.RESIDUAL_TOLERANCE: "The residual norm fell below the tolerance.",
     Reason.RELATIVE_PROGRESS: "The quadratic model stopped improving; iterating longer would not pay.",
     Reason.ZERO_RIGHT_HAND_SIDE: "The right-hand side is zero, and so is the solution.",
+    Reason.TRUST_REGION_BOUNDARY: "The solution stands on the trust region's boundary, where the model is lowest along the path.",
+    Reason.LEAST_SQUARES_SOLUTION: (
+        "The system has no exact solution (the matrix is singular); the residual is as small as it can be."
+    ),
     Reason.STEP_ACCEPTED: "The step lowered the objective and was taken.",
     Reason.GRADIENT_ZERO: "The gradient is zero: the parameters are at a stationary point.",
     Reason.TARGET_REACHED: "The loss fell below the target.",
@@ -76,6 +83,7 @@ _ADVICE = {
         "use float64, a looser rtol or a preconditioner."
     ),
     Reason.INDEFINITE_PRECONDITIONER: "The preconditioner is not positive definite: check that M(r)·r > 0 for every r.",
+    Reason.NOT_SYMMETRIC: "The operator is not symmetric: check that u·(A v) = v·(A u), and that its products are deterministic.",
     Reason.NO_DECREASE: "No tried step lowered the objective; parameters were left alone and the damping was raised.",
     Reason.TIME_LIMIT: "The time budget, or that of the SLURM job, ran out: resume from the checkpoint.",
     Reason.INTERRUPTED: "A stop signal arrived: resume from the checkpoint.",

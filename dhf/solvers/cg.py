@@ -2,8 +2,7 @@
 
 What differs from the textbook:
 - the curvature pᵀAp is checked at every iteration, against ε‖p‖‖Ap‖, so that scaling A or p changes nothing;
-- a stop is proposed with the next product and taken when it is agreed (see AgreeingOperator); that product, A x, gives
-  the true residual, so agreement costs nothing where nobody disagrees;
+- every stop is agreed, and ends with the true residual (see krylov.py);
 - inner products are accumulated in float64 whatever the vectors' dtype;
 - the quadratic model is carried by its recurrence, -½ α rᵀz per iteration, for Martens' stopping rule;
 - iterates are kept at geometric spacing for backtracking, O(log k) vectors.
@@ -19,12 +18,11 @@ import torch
 from torch import Tensor
 
 from dhf.reason import Reason
+from dhf.solvers.krylov import StoppingRule, check_preconditioner, run, zero_solution
 from dhf.solvers.linear_operator import AgreeingOperator, Agreement, as_operator, check_system
-from dhf.solvers.solution import Iterate, Iteration, Solution
+from dhf.solvers.solution import Iteration, Solution
 
-__all__ = ["cg"]
-
-_ACCURACY_SLACK = 2.0
+__all__ = ["ConjugateGradients", "cg"]
 
 
 def cg(
@@ -73,67 +71,32 @@ def cg(
         >>> solution.x.round(decimals=12), solution.iterations, solution.reason.name
         (tensor([1., 1.], dtype=torch.float64), 2, 'RESIDUAL_TOLERANCE')
     """
-    _check_rules(rtol, atol, max_iterations, progress_tolerance, snapshot_ratio)
     check_system(operator, b, x0)
-    if preconditioner is not None and not callable(preconditioner):
-        raise TypeError(
-            f"preconditioner must be a function of r, got {type(preconditioner).__name__}; use lambda r: M @ r"
-        )
+    check_preconditioner(preconditioner)
     A = as_operator(operator)
     b_norm = math.sqrt(A.space.dots((b, b))[0])
+    stop = StoppingRule.of(b_norm, b.numel(), rtol, atol, max_iterations, progress_tolerance)
     if b_norm == 0:
-        return _zero(b)
-    limit = 10 * b.numel() if max_iterations is None else max_iterations
-    state = _State(A, b, preconditioner or (lambda r: r))
-    stop = _StoppingRule(max(rtol * b_norm, atol), limit, progress_tolerance)
-    keep = _Snapshots(snapshot_ratio)
-    first = None if x0 is None else A.apply(x0)
-
-    def begin() -> Reason | None:
-        reason = state.start(x0, first) or stop(state)
-        _note(state, callback)
-        return reason
-
-    def go_on() -> Reason | None:
-        reason = state.advance(product) or stop(state)
-        keep(state)
-        _note(state, callback)
-        return reason
-
-    reason, failure = _own_work(begin)
-    true_norm = math.nan
-    while True:
-        vector = b if failure else state.x_to_return(reason) if reason else state.p
-        product, agreed = A.apply(vector, reason, failure)
-        if agreed.reason is Reason.NON_FINITE and reason is not Reason.NON_FINITE:
-            reason = agreed.reason  # a rank's contribution is broken: no product can be trusted, not even A x
-            break
-        if not agreed.valid or agreed.reason is not reason:
-            reason = agreed.reason
-            continue
-        if reason is not None:
-            r = b - product
-            true_norm = math.sqrt(A.space.dots((r, r))[0])
-            break
-        reason, failure = _own_work(go_on)
-    if reason is Reason.RESIDUAL_TOLERANCE and stop.target > 0 and not true_norm <= _ACCURACY_SLACK * stop.target:
-        reason = Reason.ACCURACY_LOST
-    return state.solution(reason, true_norm, keep)
+        return zero_solution(b)
+    recursion = ConjugateGradients(A, b, x0, preconditioner or (lambda r: r))
+    return run(A, recursion, stop, x0=x0, snapshot_ratio=snapshot_ratio, callback=callback)
 
 
-class _State:
+class ConjugateGradients:
     """The vectors and scalars of the recursion."""
 
-    def __init__(self, A: AgreeingOperator, b: Tensor, precondition: Callable[[Tensor], Tensor]) -> None:
+    def __init__(
+        self, A: AgreeingOperator, b: Tensor, x0: Tensor | None, precondition: Callable[[Tensor], Tensor]
+    ) -> None:
         self.A, self.b, self.precondition = A, b, precondition
+        self.x = torch.zeros_like(b) if x0 is None else x0.clone()
         self.history: list[Iteration] = []
+        self.k, self.model = 0, 0.0
         self._epsilon = 10 * torch.finfo(b.dtype).eps
         self._before: tuple[Tensor, Tensor] | None = None  # x and p ahead of a step that may have to be refused
 
-    def start(self, x0: Tensor | None, first: tuple[Tensor, Agreement] | None) -> Reason | None:
-        """Set out from x0, of which ``first`` is the product."""
-        self.k, self.model = 0, 0.0
-        self.x = torch.zeros_like(self.b) if x0 is None else x0.clone()
+    def start(self, first: tuple[Tensor, Agreement] | None) -> Reason | None:
+        """Set out from x, of which ``first`` is the product."""
         self.r = self.b.clone()
         stopped = None if first is None else first[1].reason
         if first is not None:
@@ -149,11 +112,22 @@ class _State:
         self.history.append(Iteration(0, self.residual_norm, self.model, self.curvature))
         return stopped or self._preconditioner_trouble()
 
+    def ask(self, reason: Reason | None, failure: Exception | None) -> tuple[Tensor, Agreement]:
+        """A p, or A x where the solve is to end."""
+        return self.A.apply(self.b if failure else self._standing(reason) if reason else self.p, reason, failure)
+
+    def residual(self, product: Tensor) -> Tensor:
+        """``b - A x``."""
+        return self.b - product
+
     def advance(self, Ap: Tensor) -> Reason | None:
         """One iteration from the product A p; a Reason if this step must not be taken or the next cannot be."""
         pAp, pp, ApAp = self.A.space.dots((self.p, Ap), (self.p, self.p), (Ap, Ap))
+        return self.step(Ap, pAp, pp, self._epsilon * math.sqrt(pp * ApAp))
+
+    def step(self, Ap: Tensor, pAp: float, pp: float, threshold: float) -> Reason | None:
+        """The iteration, given the curvature along p and the least that counts as positive."""
         alpha = self.rho / pAp if pAp else 0.0
-        threshold = self._epsilon * math.sqrt(pp * ApAp)
         # in a band around the threshold, since another party may judge a borderline step otherwise
         self._before = None if pAp > 4 * threshold else (self.x.clone(), self.p.clone())
         self.x.add_(self.p, alpha=alpha)
@@ -171,26 +145,13 @@ class _State:
             return Reason.NON_FINITE
         return Reason.NEGATIVE_CURVATURE if pAp <= threshold else self._preconditioner_trouble()
 
-    def x_to_return(self, reason: Reason) -> Tensor:
-        """The iterate that a stop for this reason ends at."""
-        return self._before[0] if self._before and self._refused(reason) else self.x
-
-    def solution(self, reason: Reason, true_norm: float, keep: _Snapshots) -> Solution:
-        x = self.x_to_return(reason)
-        last = self.history[-2] if self._refused(reason) else self.history[-1]
-        iterates = keep.upto(last.number, Iterate(last.number, x, last.model))
+    def end(self, reason: Reason) -> tuple[Tensor, Iteration, Tensor | None]:
+        """Where the solve stands, and the direction of non-positive curvature that ended it."""
         direction = self._before[1] if self._before and reason is Reason.NEGATIVE_CURVATURE else None
-        return Solution(
-            x,
-            reason,
-            last.number,
-            last.residual_norm,
-            true_norm,
-            last.model,
-            self.history,
-            iterates,
-            direction,
-        )
+        return self._standing(reason), self.history[-2] if self._refused(reason) else self.history[-1], direction
+
+    def _standing(self, reason: Reason) -> Tensor:
+        return self._before[0] if self._before and self._refused(reason) else self.x
 
     def _refused(self, reason: Reason) -> bool:
         """Whether the last step was made on a direction that turned out to be unusable."""
@@ -201,68 +162,3 @@ class _State:
         if not math.isfinite(self.rho):
             return Reason.NON_FINITE
         return Reason.INDEFINITE_PRECONDITIONER if self.rho <= 0 and self.residual_norm > 0 else None
-
-
-class _StoppingRule:
-    def __init__(self, target: float, limit: int, progress_tolerance: float | None) -> None:
-        self.target, self._limit, self._tolerance = target, limit, progress_tolerance
-
-    def __call__(self, state: _State) -> Reason | None:
-        if state.residual_norm <= self.target:
-            return Reason.RESIDUAL_TOLERANCE
-        if self._tolerance is not None and self._stalls(state.history, self._tolerance):
-            return Reason.RELATIVE_PROGRESS
-        return Reason.ITERATION_LIMIT if state.k >= self._limit else None
-
-    @staticmethod
-    def _stalls(history: list[Iteration], tolerance: float) -> bool:
-        k, now = history[-1].number, history[-1].model
-        window = max(10, k // 10)
-        return k > window and now < 0 and (now - history[k - window].model) / now < window * tolerance
-
-
-class _Snapshots:
-    def __init__(self, ratio: float | None) -> None:
-        self._ratio, self._next = ratio, 1.0
-        self._kept: list[Iterate] = []
-
-    def __call__(self, state: _State) -> None:
-        if self._ratio is not None and state.k >= self._next:
-            self._kept.append(Iterate(state.k, state.x.clone(), state.model))
-            while self._next <= state.k:
-                self._next *= self._ratio
-
-    def upto(self, number: int, last: Iterate) -> list[Iterate]:
-        """The kept iterates before ``number``, then the last one; nothing if none were asked for."""
-        return [] if self._ratio is None else [*(i for i in self._kept if i.number < number), last]
-
-
-def _own_work(work: Callable[[], Reason | None]) -> tuple[Reason | None, Exception | None]:
-    """Work that takes no product; what fails in it here (a preconditioner, a callback) is told with the next product."""
-    try:
-        return work(), None
-    except Exception as error:
-        return None, error
-
-
-def _note(state: _State, callback: Callable[[Iteration], None] | None) -> None:
-    if callback is not None:
-        callback(state.history[-1])
-
-
-def _zero(b: Tensor) -> Solution:
-    start = Iteration(0, 0.0, 0.0, math.nan)
-    return Solution(torch.zeros_like(b), Reason.ZERO_RIGHT_HAND_SIDE, 0, 0.0, 0.0, 0.0, [start], [])
-
-
-def _check_rules(
-    rtol: float, atol: float, max_iterations: int | None, progress: float | None, ratio: float | None
-) -> None:
-    if not (0 <= rtol < 1) or not atol >= 0:
-        raise ValueError(f"rtol must be in [0, 1) and atol not negative, got rtol={rtol}, atol={atol}")
-    if max_iterations is not None and max_iterations < 0:
-        raise ValueError(f"max_iterations must not be negative, got {max_iterations}")
-    if progress is not None and not progress > 0:
-        raise ValueError(f"progress_tolerance must be positive, got {progress}")
-    if ratio is not None and not ratio > 1:
-        raise ValueError(f"snapshot_ratio must be above 1, got {ratio}")
