@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dhf.errors import UsageError
-from dhf.losses import HalfSquaredNorm, Loss, OutputHessian, as_loss
+from dhf.losses import HalfSquaredNorm, Loss, MeanSquaredError, OutputHessian, as_loss
 
 __all__ = ["LeastSquares", "Objective", "require_objective", "rows", "select"]
 
@@ -78,6 +78,11 @@ class Objective:
     def known_loss(self) -> Loss | None:
         """The loss with a closed-form output Hessian, unless a subclass has overridden :meth:`loss`."""
         return self._known if type(self).loss in (Objective.loss, LeastSquares.loss) else None
+
+    @property
+    def is_least_squares(self) -> bool:
+        """Whether the loss is a sum of squares of residuals that are affine in the outputs."""
+        return isinstance(self.known_loss(), (HalfSquaredNorm, MeanSquaredError))
 
     def output_hessian(self, outputs: Tensor, batch: Any) -> OutputHessian | None:
         """The product with the mean loss's Hessian in the outputs, or None where autograd must find it."""

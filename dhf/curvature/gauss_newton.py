@@ -29,6 +29,7 @@ class GaussNewtonGraph:
 
     Attributes:
         outputs: z, detached, shape (N, ...).
+        slope: ∇ℓ(z) of the mean loss, of the same shape.
         output_hessian: The product with the Hessian of the mean loss in z; the Fisher matrix puts its own here.
     """
 
@@ -43,10 +44,11 @@ class GaussNewtonGraph:
         slope = _loss_slope(loss, at, parameters)
         known = objective.output_hessian(self.outputs, batch)
         self.output_hessian: OutputHessian = known if known is not None else _autograd_hessian(slope, at)
+        self.slope = slope.detach()
         self.rows = z.shape[0] if z.dim() else 0
         self.loss = loss.detach()
         self._z, self._tensors = z, parameters.tensors
-        self._u = slope.detach().clone().requires_grad_(True)
+        self._u = self.slope.clone().requires_grad_(True)
         gradient = torch.autograd.grad(z, self._tensors, self._u, create_graph=True, materialize_grads=True)
         self.gradient: Sequence[Tensor] = [g.detach() for g in gradient]
         # parameters the outputs do not depend on have no graph
@@ -58,10 +60,15 @@ class GaussNewtonGraph:
 
     def product(self, v: Sequence[Tensor]) -> Sequence[Tensor]:
         """``G v``, one tensor per parameter, from one tensor per parameter."""
-        (Jv,) = torch.autograd.grad(self._graph, self._u, [v[i] for i in self._kept], retain_graph=True)
-        return torch.autograd.grad(
-            self._z, self._tensors, self.output_hessian(Jv), retain_graph=True, materialize_grads=True
-        )
+        return self.pull(self.output_hessian(self.push(v)))
+
+    def push(self, v: Sequence[Tensor]) -> Tensor:
+        """``J v``, of the outputs' shape."""
+        return torch.autograd.grad(self._graph, self._u, [v[i] for i in self._kept], retain_graph=True)[0]
+
+    def pull(self, u: Tensor) -> Sequence[Tensor]:
+        """``Jᵀ u``, one tensor per parameter, from a tensor of the outputs' shape."""
+        return torch.autograd.grad(self._z, self._tensors, u, retain_graph=True, materialize_grads=True)
 
 
 def _loss_slope(loss: Tensor, z: Tensor, parameters: Parameters) -> Tensor:

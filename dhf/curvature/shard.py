@@ -18,7 +18,7 @@ from dhf.evaluation import full_precision, naming_micro_batch, reproducible, twi
 from dhf.objective import Objective, rows
 from dhf.parameters import Parameters
 
-__all__ = ["BuildGraph", "Graph", "ShardCurvature"]
+__all__ = ["AddSums", "BuildGraph", "Graph", "MicroBatch", "ShardCurvature"]
 
 
 class Graph(Protocol):
@@ -42,6 +42,32 @@ class Graph(Protocol):
 
 
 BuildGraph = Callable[[Objective, Parameters, Any], Graph]
+# (graph, v, its share of all samples) -> one tensor per parameter
+Multiply = Callable[[Any, Sequence[Tensor], float], Sequence[Tensor]]
+# adds what one micro-batch contributes to the sums over all samples
+AddSums = Callable[["MicroBatch", Sequence[Tensor]], None]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """A micro-batch as it stands among all data.
+
+    Attributes:
+        batch: What ``objective.outputs`` takes.
+        rows: Samples in it.
+        weight: Its share of all samples; its means, times this, add up over micro-batches and ranks to the mean over all.
+        first_row: The place of its first sample.
+    """
+
+    batch: Any
+    rows: int
+    weight: float
+    first_row: int
+
+
+def own_product(graph: Graph, v: Sequence[Tensor], weight: float) -> Sequence[Tensor]:
+    """The graph's own product."""
+    return graph.product(v)
 
 
 class ShardCurvature:
@@ -72,7 +98,7 @@ class ShardCurvature:
         *,
         move_buffers: bool = False,
     ) -> None:
-        self._parameters = parameters
+        self._objective, self._parameters = objective, parameters
         self._snapshot = parameters.snapshot()
         self._kept: list[_Kept] = []
         self.rows = 0
@@ -94,21 +120,26 @@ class ShardCurvature:
             for view, piece in zip(parameters.split(self.gradient_sum), graph.gradient, strict=True):
                 view.add_(piece, alpha=count)
             graph.gradient = ()
-            self._kept.append(_Kept(j, graph, count, self.rows))
+            self._kept.append(_Kept(j, graph, count, self.rows, batch, seed))
             self.rows += graph.rows
         self.loss_sum = losses.item()
         self.count = sum(kept.count for kept in self._kept)
-        self._total = 0.0
+        self._total, self._first_row = 0.0, 0
 
     def begin(self, total: float, first_row: int) -> None:
         """Take the place among all data: the global sample count, and the index of this shard's first row."""
-        self._total = total
+        self._total, self._first_row = total, first_row
         for kept in self._kept:
             with naming_micro_batch(kept.index):
                 kept.graph.begin(first_row + kept.first_row)
 
-    def product(self, v: Tensor, out: Tensor) -> None:
+    def product(self, v: Tensor, out: Tensor, multiply: Multiply = own_product) -> None:
         """This shard's share of the global product, ``Σ count/total · A_j v``, into ``out`` of shape (n,).
+
+        Args:
+            v: Shape (n,).
+            out: Shape (n,); overwritten.
+            multiply: Another product of the graphs than their own.
 
         Raises:
             StaleGraphError: If a parameter has moved since the graphs were built.
@@ -119,9 +150,9 @@ class ShardCurvature:
             out.zero_()
         with full_precision(self._parameters.device):
             for i, kept in enumerate(self._kept):
-                with naming_micro_batch(kept.index):
-                    pieces = kept.graph.product(pieces_of_v)
                 weight = kept.count / self._total
+                with naming_micro_batch(kept.index):
+                    pieces = multiply(kept.graph, pieces_of_v, weight)
                 if i == 0:
                     self._parameters.flatten(pieces, out=out)
                     if weight != 1.0:
@@ -129,6 +160,30 @@ class ShardCurvature:
                 else:
                     for view, piece in zip(self._parameters.split(out), pieces, strict=True):
                         view.add_(piece, alpha=weight)
+
+    def add_sums(self, add: AddSums, out: Sequence[Tensor]) -> None:
+        """Let every micro-batch add to ``out``, under the random numbers and kernels of its graph.
+
+        Raises:
+            StaleGraphError: If a parameter has moved since the graphs were built.
+        """
+        self._snapshot.check()
+        for kept in self._kept:
+            with (
+                naming_micro_batch(kept.index),
+                reproducible(self._objective, self._parameters.device, kept.seed),
+                twice_differentiable(self._objective.module, self._parameters.device),
+            ):
+                weight, first_row = kept.count / self._total, self._first_row + kept.first_row
+                add(MicroBatch(kept.batch, kept.graph.rows, weight, first_row), out)
+
+    def outputs_per_row(self) -> int:
+        """Numbers per sample in the objective's outputs; 0 for an empty shard."""
+        for kept in self._kept:
+            with torch.no_grad(), reproducible(self._objective, self._parameters.device, kept.seed):
+                z = self._objective.outputs(kept.batch)
+            return z.numel() // z.shape[0]
+        return 0
 
     def moved(self) -> Tensor | None:
         """On a GPU, how many parameters moved by value, as a 0-dim tensor; on a CPU :meth:`product` has looked."""
@@ -141,9 +196,11 @@ class ShardCurvature:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Kept:
-    """A micro-batch that counts: its index and the row it begins at within the shard, its graph and its weight."""
+    """A micro-batch that counts: its index and the row it begins at within the shard, its graph, weight, data and seed."""
 
     index: int
     graph: Graph
     count: float
     first_row: int
+    batch: Any
+    seed: int

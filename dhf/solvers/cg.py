@@ -145,6 +145,16 @@ class ConjugateGradients:
             return Reason.NON_FINITE
         return Reason.NEGATIVE_CURVATURE if pAp <= threshold else self._preconditioner_trouble()
 
+    def replace_residual(self, r: Tensor) -> Reason | None:
+        """Go on with this residual in place of the recurrence's."""
+        z = self.precondition(r)
+        old = self.precondition(self.r)
+        self.p.add_(z - old)  # p = z + βp with the same β
+        self.r.copy_(r)
+        rr, self.rho = self.A.space.dots((r, r), (r, z))
+        self.residual_norm = math.sqrt(rr)
+        return self._preconditioner_trouble()
+
     def end(self, reason: Reason) -> tuple[Tensor, Iteration, Tensor | None]:
         """Where the solve stands, and the direction of non-positive curvature that ended it."""
         direction = self._before[1] if self._before and reason is Reason.NEGATIVE_CURVATURE else None

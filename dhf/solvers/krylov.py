@@ -25,15 +25,15 @@ _ACCURACY_SLACK = 2.0
 
 
 class Recursion(Protocol):
-    """One solver's vectors and scalars.
+    """One solver's vectors and scalars."""
 
-    Attributes:
-        x: The iterate, shape (n,).
-        history: One Iteration per iteration done, and one for the start.
-    """
+    @property
+    def x(self) -> Tensor:
+        """The iterate, shape (n,)."""
 
-    x: Tensor
-    history: list[Iteration]
+    @property
+    def history(self) -> list[Iteration]:
+        """One Iteration per iteration done, and one for the start."""
 
     def start(self, first: tuple[Tensor, Agreement] | None) -> Reason | None:
         """Set out; ``first`` is the answer to the product of a start that is not zero. A Reason if there is no going on."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from dhf.reason import Reason
 from dhf.vector_space import Replicated, VectorSpace
 
-__all__ = ["AgreeingOperator", "Agreement", "as_operator", "check_system"]
+__all__ = ["AgreeingOperator", "Agreement", "Own", "as_operator", "check_system"]
 
 
 class Agreement(Protocol):
@@ -38,7 +38,9 @@ class AgreeingOperator(Protocol):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class _Own:
+class Own:
+    """The agreement of one party with itself."""
+
     reason: Reason | None
     valid: bool = True
 
@@ -56,7 +58,7 @@ class _Alone:
         if failure is not None:
             raise failure
         multiply = getattr(self._operator, "matvec", None) or self._operator.__matmul__
-        return multiply(v), _Own(proposal)
+        return multiply(v), Own(proposal)
 
 
 def as_operator(operator: Any) -> AgreeingOperator:

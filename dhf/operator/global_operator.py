@@ -8,7 +8,8 @@ One all-reduce per product: every rank sums its micro-batches into one flat buff
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -17,17 +18,8 @@ from torch import Tensor
 
 from dhf.comm import Communicator, Serial
 from dhf.coordinator import Coordinator, Verdict, capture, fingerprint, mark_of
-from dhf.curvature import (
-    FisherGraph,
-    GaussNewtonGraph,
-    GradientGraph,
-    HessianGraph,
-    NonFinite,
-    ShardCurvature,
-    find_non_finite,
-    places_in_words,
-)
-from dhf.curvature.shard import BuildGraph
+from dhf.curvature import NonFinite, ShardCurvature, find_non_finite, places_in_words
+from dhf.curvature.shard import AddSums, BuildGraph
 from dhf.errors import NonFiniteError, StaleGraphError, UsageError
 from dhf.evaluation import check_module, micro_batch_seeds
 from dhf.objective import Objective, require_objective
@@ -35,7 +27,7 @@ from dhf.parameters import Parameters
 from dhf.reason import Reason
 from dhf.vector_space import Replicated, VectorSpace
 
-__all__ = ["Fisher", "GaussNewton", "GlobalOperator", "Hessian", "Shifted", "loss_and_gradient"]
+__all__ = ["GlobalOperator", "Shifted"]
 
 
 class GlobalOperator:
@@ -60,6 +52,7 @@ class GlobalOperator:
         count: Samples (or their total weight) over all ranks.
         products: Products taken so far.
         space: The inner products of these vectors.
+        RIDERS: Numbers that ride with each product besides the status word.
 
     Raises:
         UsageError: If the module, the loss or a batch cannot be used; on every rank, naming the rank that found it.
@@ -68,6 +61,8 @@ class GlobalOperator:
         RanksDifferError: If the ranks' parameters differ in name, shape or dtype.
         ReplicasDivergedError: If they differ in value.
     """
+
+    RIDERS = 0
 
     def __init__(
         self,
@@ -88,6 +83,7 @@ class GlobalOperator:
         self.space: VectorSpace = Replicated()
         self.products = 0
         check_module(objective.module)
+        self.objective, self.seed = objective, seed
         self.parameters = Parameters(objective.module)
         self._decay = objective.weight_decay
         self._facts = {
@@ -113,7 +109,7 @@ class GlobalOperator:
         shard, failure = capture(build_shard)
         self._shard = shard
         self._buffer = torch.zeros(
-            self.parameters.numel + Coordinator.WIDTH,
+            self.parameters.numel + self.RIDERS + Coordinator.WIDTH,
             dtype=self.parameters.dtype,
             device=self.parameters.device,
         )
@@ -166,21 +162,46 @@ class GlobalOperator:
             proposal: Why this rank's solver wants to end, or None to go on.
             failure: What went wrong on this rank since the last product; it is raised on every rank.
         """
-        n = self.parameters.numel
-        product, word = self._buffer[:n], self._buffer[n:]
-        if failure is None:
-            _, failure = capture(lambda: self._multiply(v, product))
-        if failure is not None:
-            product.zero_()
-        finite = product.sum()
-        moved = self._shard.moved() if self._shard is not None and failure is None else None
-        self._coordinator.fill(word, proposal=proposal, failure=failure, finite=finite, moved=moved)
-        self._coordinator.all_reduce(self._buffer)
-        verdict = self._coordinator.read(word, search=self._searching(v))
-        self.products += 1
+        product, verdict = self._sum(lambda out: self._multiply(v, out), v, proposal, failure)
         if self._decay:
             product.add_(v, alpha=self._decay)
         return product, verdict
+
+    def sums(self, add: AddSums, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Sums over all samples of what ranks compute each for themselves, in one collective.
+
+        Args:
+            add: ``add(micro_batch, out)`` adds a micro-batch's part to the tensors ``out``. Called with the random numbers of
+                that micro-batch, and kernels that can be differentiated twice.
+            shapes: The tensors' shapes; a rank whose shard is empty must know them too.
+
+        Returns:
+            One tensor per shape, the parameters' dtype and device; the same on every rank.
+
+        Raises:
+            StaleGraphError, NonFiniteError, RankError: As :meth:`matvec`.
+        """
+        sizes = [math.prod(shape) for shape in shapes]
+        buffer = torch.zeros(sum(sizes) + Coordinator.WIDTH, dtype=self.dtype, device=self.device)
+        flat, word = buffer[: sum(sizes)], buffer[sum(sizes) :]
+        pieces = [piece.view(*shape) for piece, shape in zip(flat.split(sizes), shapes, strict=True)]
+        _, failure = capture(lambda: self._open_shard().add_sums(add, pieces))
+        if failure is not None:
+            flat.zero_()
+        self._coordinator.fill(word, failure=failure, finite=flat.sum())
+        self._coordinator.all_reduce(buffer)
+        if self._coordinator.read(word).reason is Reason.NON_FINITE:
+            raise NonFiniteError(
+                f"a sum over samples holds NaN or infinity, from {places_in_words(self.non_finite)}; look at its data",
+                self.non_finite,
+            )
+        return pieces
+
+    def outputs_per_row(self) -> int:
+        """Numbers that the objective's outputs hold per sample. Collective, since a shard may be empty."""
+        mine, failure = capture(lambda: self._open_shard().outputs_per_row())
+        total, known = self._coordinator.reduce([mine or 0, mine is not None and mine > 0], failure=failure)
+        return round(total / known)
 
     @property
     def non_finite(self) -> dict[int, NonFinite | None]:
@@ -208,11 +229,31 @@ class GlobalOperator:
     def _searching(self, v: Tensor | None) -> Callable[[], NonFinite | None] | None:
         return None if self._search is None else functools.partial(self._search, v)
 
-    def _multiply(self, v: Tensor, out: Tensor) -> None:
+    def _sum(
+        self, work: Callable[[Tensor], None], v: Tensor, proposal: Reason | None, failure: Exception | None
+    ) -> tuple[Tensor, Verdict]:
+        """Sum over ranks what ``work`` writes into the buffer of the product and its riders, with the status word."""
+        n, width = self.parameters.numel, self.parameters.numel + self.RIDERS
+        summed, word = self._buffer[:width], self._buffer[width:]
+        if failure is None:
+            _, failure = capture(lambda: work(summed))
+        if failure is not None:
+            summed.zero_()
+        moved = self._shard.moved() if self._shard is not None and failure is None else None
+        self._coordinator.fill(word, proposal=proposal, failure=failure, finite=summed.sum(), moved=moved)
+        self._coordinator.all_reduce(self._buffer)
+        verdict = self._coordinator.read(word, search=self._searching(v))
+        self.products += 1
+        return summed[:n], verdict
+
+    def _open_shard(self) -> ShardCurvature:
         if self._shard is None:
             raise StaleGraphError("the operator is closed: its graphs have been freed")
+        return self._shard
+
+    def _multiply(self, v: Tensor, out: Tensor) -> None:
         self.parameters.check_vector(v)
-        self._shard.product(v, out)
+        self._open_shard().product(v, out[: self.parameters.numel])
 
     def _sum_over_ranks(self, shard: ShardCurvature | None, failure: BaseException | None) -> None:
         """Add up losses, counts and gradients, tell every shard its place, and compare replicas, in two collectives."""
@@ -233,7 +274,7 @@ class GlobalOperator:
         rows = [int(r) for r in rest[: comm.size]]
         self.count, self.rows = total, rows
         n = self.parameters.numel
-        gradient, word = self._buffer[:n], self._buffer[n:]
+        gradient, word = self._buffer[:n], self._buffer[-Coordinator.WIDTH :]
         _, failure = capture(lambda: self._place(shard, total, sum(rows[: comm.rank])))
         gradient.copy_(shard.gradient_sum).mul_(1.0 / total if total else 0.0)
         finite = gradient.sum() + shard.loss_sum
@@ -261,10 +302,17 @@ class Shifted:
 
     Args:
         operator: A.
-        damping: Added to the diagonal.
+        damping: Added to the diagonal; finite and not negative.
+
+    Raises:
+        UsageError: If the damping is out of range.
     """
 
     def __init__(self, operator: GlobalOperator, damping: float) -> None:
+        if not (damping >= 0 and math.isfinite(damping)):
+            raise UsageError(
+                f"damping must be finite and not negative, got {damping}; raise it until the solve converges"
+            )
         self.operator, self.damping = operator, float(damping)
         self.shape, self.dtype, self.device, self.space = (
             operator.shape,
@@ -290,88 +338,6 @@ class Shifted:
     def shifted(self, damping: float) -> Shifted:
         """``A + (self.damping + damping)·I``."""
         return Shifted(self.operator, self.damping + damping)
-
-
-class Hessian(GlobalOperator):
-    """The Hessian of the objective. Symmetric, indefinite in general.
-
-    Args:
-        objective: What is differentiated.
-        batches: This rank's micro-batches.
-        comm: How ranks talk; one process by default.
-        **options: ``seed``, ``coordinator``, ``move_buffers``, ``debug_nonfinite`` as in :class:`GlobalOperator`.
-
-    Example:
-        >>> import torch
-        >>> x, y = torch.eye(2, dtype=torch.float64), torch.zeros(2, 1, dtype=torch.float64)
-        >>> objective = Objective(torch.nn.Linear(2, 1, bias=False).double(), torch.nn.MSELoss())
-        >>> with Hessian(objective, [(x, y)]) as A:  # 2/N xᵀx = I
-        ...     A @ torch.tensor([3.0, 4.0], dtype=torch.float64)
-        tensor([3., 4.], dtype=torch.float64)
-    """
-
-    def __init__(
-        self,
-        objective: Objective,
-        batches: Iterable[Any],
-        *,
-        comm: Communicator | None = None,
-        **options: Any,
-    ) -> None:
-        super().__init__(objective, batches, comm=comm, build=HessianGraph, **options)
-
-
-class GaussNewton(GlobalOperator):
-    """The generalised Gauss-Newton matrix ``1/N Σ Jᵀ ∇²ℓ J``. Positive semi-definite where the loss is convex in the outputs.
-
-    Arguments as :class:`Hessian`.
-    """
-
-    def __init__(
-        self,
-        objective: Objective,
-        batches: Iterable[Any],
-        *,
-        comm: Communicator | None = None,
-        **options: Any,
-    ) -> None:
-        super().__init__(objective, batches, comm=comm, build=GaussNewtonGraph, **options)
-
-
-class Fisher(GlobalOperator):
-    """The Fisher matrix, by labels sampled from the model's predictive distribution. Positive semi-definite.
-
-    Args:
-        objective: One with MSE, cross-entropy, BCE-with-logits or LeastSquares loss.
-        batches: This rank's micro-batches. Ranks and micro-batches in the data's order draw the same labels however split.
-        comm: How ranks talk; one process by default.
-        samples: Labels drawn per sample.
-        seed: Names the labels; the same on all ranks.
-        **options: ``coordinator``, ``move_buffers``, ``debug_nonfinite`` as in :class:`GlobalOperator`.
-    """
-
-    def __init__(
-        self,
-        objective: Objective,
-        batches: Iterable[Any],
-        *,
-        comm: Communicator | None = None,
-        samples: int = 1,
-        seed: int = 0,
-        **options: Any,
-    ) -> None:
-        if samples < 1:
-            raise ValueError(f"samples must be at least 1, got {samples}")
-        build = functools.partial(FisherGraph, samples=samples, seed=seed)
-        super().__init__(objective, batches, comm=comm, build=build, seed=seed, **options)
-
-
-def loss_and_gradient(
-    objective: Objective, batches: Iterable[Any], *, comm: Communicator | None = None, **options: Any
-) -> tuple[float, Tensor]:
-    """The global loss and gradient (shape (n,)), with no graph kept; arguments as :class:`GlobalOperator`."""
-    with GlobalOperator(objective, batches, comm=comm, build=GradientGraph, **options) as gradient:
-        return gradient.loss, gradient.gradient
 
 
 def _serial_for(objective: Objective) -> Serial:

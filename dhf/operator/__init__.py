@@ -1,0 +1,7 @@
+"""Operators: local curvature + communicator + coordinator, as symmetric operators on flat vectors."""
+
+from dhf.operator.curvatures import Fisher, GaussNewton, Hessian, loss_and_gradient
+from dhf.operator.global_operator import GlobalOperator, Shifted
+from dhf.operator.residual_jacobian import ResidualJacobian
+
+__all__ = ["Fisher", "GaussNewton", "GlobalOperator", "Hessian", "ResidualJacobian", "Shifted", "loss_and_gradient"]

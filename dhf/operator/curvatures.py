@@ -1,0 +1,98 @@
+"""The operators by the matrix they multiply with: Hessian, GaussNewton, Fisher; and the gradient alone."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+
+from dhf.comm import Communicator
+from dhf.curvature import FisherGraph, GaussNewtonGraph, GradientGraph, HessianGraph
+from dhf.objective import Objective
+from dhf.operator.global_operator import GlobalOperator
+
+__all__ = ["Fisher", "GaussNewton", "Hessian", "loss_and_gradient"]
+
+
+class Hessian(GlobalOperator):
+    """The Hessian of the objective. Symmetric, indefinite in general.
+
+    Args:
+        objective: What is differentiated.
+        batches: This rank's micro-batches.
+        comm: How ranks talk; one process by default.
+        **options: ``seed``, ``coordinator``, ``move_buffers``, ``debug_nonfinite`` as in :class:`GlobalOperator`.
+
+    Example:
+        >>> import torch
+        >>> x, y = torch.eye(2, dtype=torch.float64), torch.zeros(2, 1, dtype=torch.float64)
+        >>> objective = Objective(torch.nn.Linear(2, 1, bias=False).double(), torch.nn.MSELoss())
+        >>> with Hessian(objective, [(x, y)]) as A:  # 2/N xᵀx = I
+        ...     A @ torch.tensor([3.0, 4.0], dtype=torch.float64)
+        tensor([3., 4.], dtype=torch.float64)
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        batches: Iterable[Any],
+        *,
+        comm: Communicator | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(objective, batches, comm=comm, build=HessianGraph, **options)
+
+
+class GaussNewton(GlobalOperator):
+    """The generalised Gauss-Newton matrix ``1/N Σ Jᵀ ∇²ℓ J``. Positive semi-definite where the loss is convex in the outputs.
+
+    Arguments as :class:`Hessian`.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        batches: Iterable[Any],
+        *,
+        comm: Communicator | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(objective, batches, comm=comm, build=GaussNewtonGraph, **options)
+
+
+class Fisher(GlobalOperator):
+    """The Fisher matrix, by labels sampled from the model's predictive distribution. Positive semi-definite.
+
+    Args:
+        objective: One with MSE, cross-entropy, BCE-with-logits or LeastSquares loss.
+        batches: This rank's micro-batches. Ranks and micro-batches in the data's order draw the same labels however split.
+        comm: How ranks talk; one process by default.
+        samples: Labels drawn per sample.
+        seed: Names the labels; the same on all ranks.
+        **options: ``coordinator``, ``move_buffers``, ``debug_nonfinite`` as in :class:`GlobalOperator`.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        batches: Iterable[Any],
+        *,
+        comm: Communicator | None = None,
+        samples: int = 1,
+        seed: int = 0,
+        **options: Any,
+    ) -> None:
+        if samples < 1:
+            raise ValueError(f"samples must be at least 1, got {samples}")
+        build = functools.partial(FisherGraph, samples=samples, seed=seed)
+        super().__init__(objective, batches, comm=comm, build=build, seed=seed, **options)
+
+
+def loss_and_gradient(
+    objective: Objective, batches: Iterable[Any], *, comm: Communicator | None = None, **options: Any
+) -> tuple[float, Tensor]:
+    """The global loss and gradient (shape (n,)), with no graph kept; arguments as :class:`GlobalOperator`."""
+    with GlobalOperator(objective, batches, comm=comm, build=GradientGraph, **options) as gradient:
+        return gradient.loss, gradient.gradient

@@ -1,0 +1,104 @@
+"""NormalMatrix: the Gauss-Newton matrix of few parameters or few samples, formed from the Jacobian's rows of all ranks.
+
+    in parameter space    G = Σ_i Jᵢᵀ ∇²ℓᵢ Jᵢ / N     n x n, for any loss with a known output Hessian
+    in sample space       K = R Rᵀ, G = RᵀR            m x m, for sums of squares: R holds the scaled rows of all residuals
+
+Every rank differentiates its own samples, one by one in one vectorised call. In parameter space its part of G is summed over
+ranks; in sample space the rows are, and each rank then multiplies its own by all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.func import vmap
+
+from dhf.curvature.gradient import scalar_loss
+from dhf.curvature.per_sample import output_jacobian
+from dhf.curvature.shard import MicroBatch
+from dhf.errors import UsageError
+from dhf.objective import Objective
+from dhf.operator.global_operator import GlobalOperator
+
+__all__ = ["NormalMatrix"]
+
+
+class NormalMatrix:
+    """``G + weight_decay·I`` and the right-hand side ``-∇f``, dense.
+
+    Args:
+        operator: Any operator of the objective at this point; only its loss, gradient and data are used.
+        in_samples: Whether to form the matrix in sample space.
+        verify: Whether to compare the outputs of single samples with those of the batch.
+
+    Attributes:
+        matrix: G, shape (n, n), or K, shape (m, m).
+        rows: R, shape (m, n), or None in parameter space.
+        right_rows: y with ``Rᵀy + right = -∇f``, shape (m,), or None in parameter space.
+        right: The part of ``-∇f`` that is no combination of rows, shape (n,).
+        shift: Weight decay, to be added to the diagonal of G.
+
+    Raises:
+        PerSampleError: If the outputs cannot be differentiated sample by sample.
+        UsageError: If the loss has no known output Hessian, or, in sample space, is no sum of squares.
+    """
+
+    def __init__(self, operator: GlobalOperator, *, in_samples: bool, verify: bool = True) -> None:
+        objective = operator.objective
+        if objective.known_loss() is None or (in_samples and not objective.is_least_squares):
+            needed = "a sum of squares" if in_samples else "a loss with a known output Hessian"
+            raise UsageError(f"direct needs {needed}, and {type(objective).__name__} has another; solve with cg")
+        self.shift = objective.weight_decay
+        self.gradient = operator.gradient
+        self._operator, self._verify = operator, verify
+        self.rows: Tensor | None = None
+        self.right_rows: Tensor | None = None
+        if in_samples:
+            self._form_in_samples()
+        else:
+            self.right = -self.gradient
+            n = operator.shape[0]
+            (self.matrix,) = operator.sums(self._add_gram, [(n, n)])
+
+    def _form_in_samples(self) -> None:
+        operator = self._operator
+        width, m = operator.outputs_per_row(), sum(operator.rows)
+        found = operator.sums(self._add_rows, [(m, width, operator.shape[0]), (m, width)])
+        self.rows, self.right_rows = found[0].flatten(0, 1), found[1].flatten()
+        self.right = operator.parameters.read().mul_(-self.shift) if self.shift else torch.zeros_like(self.gradient)
+        rows, rank = self.rows, operator.comm.rank
+        mine = slice(width * sum(operator.rows[:rank]), width * sum(operator.rows[: rank + 1]))
+
+        def add(part: MicroBatch, out: Sequence[Tensor]) -> None:
+            if part.first_row == sum(operator.rows[:rank]):  # once, with the first micro-batch
+                torch.matmul(rows[mine], rows.T, out=out[0][mine])
+
+        (self.matrix,) = operator.sums(add, [(len(rows), len(rows))])
+
+    def _add_gram(self, part: MicroBatch, out: Sequence[Tensor]) -> None:
+        objective, parameters = self._operator.objective, self._operator.parameters
+        J, z = output_jacobian(objective, parameters, part.batch, verify=self._verify)
+        hessian = objective.output_hessian(z, part.batch)
+        assert hessian is not None
+        n = J.shape[2]
+        HJ = vmap(lambda column: hessian(column.view(z.shape)).reshape(J.shape[:2]), in_dims=2, out_dims=2)(J)
+        out[0].addmm_(J.view(-1, n).T, HJ.reshape(-1, n), alpha=part.weight)
+
+    def _add_rows(self, part: MicroBatch, out: Sequence[Tensor]) -> None:
+        objective, parameters = self._operator.objective, self._operator.parameters
+        J, z = output_jacobian(objective, parameters, part.batch, verify=self._verify)
+        hessian = objective.output_hessian(z, part.batch)
+        assert hessian is not None
+        h = float(hessian(torch.ones_like(z).flatten()[:1].expand(z.shape)).flatten()[0]) if z.numel() else 1.0
+        place = slice(part.first_row, part.first_row + part.rows)
+        out[0][place] = J.mul_((h * part.weight) ** 0.5)
+        out[1][place] = -_slope(objective, z, part.batch).view(J.shape[:2]) * (part.weight / h) ** 0.5
+
+
+def _slope(objective: Objective, z: Tensor, batch: object) -> Tensor:
+    """``∇ℓ(z)`` of the mean loss."""
+    with torch.enable_grad():
+        at = z.detach().requires_grad_(True)
+        return torch.autograd.grad(scalar_loss(objective, at, batch), at)[0]

@@ -1,0 +1,94 @@
+"""ResidualJacobian: J and Jᵀ of a least-squares objective, for solvers that never form the residual from JᵀJ.
+
+With the rows scaled by the square roots of their weights, the objective is ``½‖r(θ)‖² + ½ weight_decay ‖θ‖²`` and its
+quadratic model around θ ``½‖r + J x‖² + ½ weight_decay ‖θ + x‖²``. Rows stay on the ranks that own the samples; what is summed
+over ranks is a vector of parameters, and one number, ``‖J v‖²``, that rides along.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dhf.comm import Communicator
+from dhf.coordinator import Verdict
+from dhf.curvature import GaussNewtonGraph
+from dhf.errors import UsageError
+from dhf.objective import Objective, require_objective
+from dhf.operator.global_operator import GlobalOperator
+from dhf.reason import Reason
+
+__all__ = ["ResidualJacobian"]
+
+
+class ResidualJacobian(GlobalOperator):
+    """The Gauss-Newton matrix ``JᵀJ + weight_decay·I`` with its factor's norms and residuals; what :func:`dhf.cgls` works on.
+
+    Args:
+        objective: A LeastSquares objective, or one with torch's MSELoss.
+        batches: This rank's micro-batches.
+        comm: How ranks talk; one process by default.
+        **options: ``seed``, ``coordinator``, ``move_buffers``, ``debug_nonfinite`` as in :class:`dhf.GlobalOperator`.
+
+    Attributes:
+        squared: ``vᵀAv`` of the last product, as a sum of squares over all rows; the same on every rank.
+
+    Raises:
+        UsageError: If the objective is not a sum of squares.
+    """
+
+    RIDERS = 1
+
+    def __init__(
+        self, objective: Objective, batches: Iterable[Any], *, comm: Communicator | None = None, **options: Any
+    ) -> None:
+        require_objective(objective)
+        if not objective.is_least_squares:
+            raise UsageError(
+                f"cgls needs a sum of squares, and {type(objective).__name__} has another loss; use dhf.LeastSquares or "
+                "torch.nn.MSELoss, or solve with cg"
+            )
+        self.squared = 0.0
+        super().__init__(objective, batches, comm=comm, build=GaussNewtonGraph, **options)
+
+    def apply(
+        self, v: Tensor, proposal: Reason | None = None, failure: Exception | None = None
+    ) -> tuple[Tensor, Verdict]:
+        """``A v`` as in :meth:`GlobalOperator.apply`, and :attr:`squared`."""
+
+        def multiply(graph: GaussNewtonGraph, pieces: Sequence[Tensor], weight: float) -> Sequence[Tensor]:
+            Jv = graph.push(pieces)
+            half = graph.output_hessian(Jv)
+            self._add_square(Jv, half, weight)
+            return graph.pull(half)
+
+        product, verdict = self._sum(lambda out: self._rows(v, out, multiply), v, proposal, failure)
+        self.squared = float(self._buffer[self.parameters.numel])
+        if self._decay:
+            self.squared += self._decay * self.space.dots((v, v))[0]
+            product.add_(v, alpha=self._decay)
+        return product, verdict
+
+    def residual(
+        self, x: Tensor, proposal: Reason | None = None, failure: Exception | None = None
+    ) -> tuple[Tensor, Verdict]:
+        """``-Jᵀ(r + J x) - weight_decay (θ + x)``, from rows: accurate where ``-∇f - A x`` would cancel."""
+
+        def multiply(graph: GaussNewtonGraph, pieces: Sequence[Tensor], weight: float) -> Sequence[Tensor]:
+            return graph.pull(-(graph.slope + graph.output_hessian(graph.push(pieces))))
+
+        product, verdict = self._sum(lambda out: self._rows(x, out, multiply), x, proposal, failure)
+        if self._decay:
+            product.sub_(self.parameters.read() + x, alpha=self._decay)
+        return product, verdict
+
+    def _rows(self, v: Tensor, out: Tensor, multiply: Any) -> None:
+        self.parameters.check_vector(v)
+        out[self.parameters.numel :] = 0
+        self._open_shard().product(v, out[: self.parameters.numel], multiply)
+
+    def _add_square(self, Jv: Tensor, half: Tensor, weight: float) -> None:
+        self._buffer[self.parameters.numel] += torch.dot(Jv.reshape(-1), half.reshape(-1)) * weight
