@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.utils.data import Dataset
@@ -26,6 +26,7 @@ class Problem:
         validation: The same, held out; dhf reports its loss over all ranks. None for none.
         metrics: ``metrics(module)`` gives more numbers by name, taken on rank 0 after a step; None for none.
         pictures: ``pictures(module, folder)`` draws files into a folder at the end, on rank 0, and returns their paths.
+        dtype: ``"float32"`` or ``"float64"``: what parameters and data become where the user does not say otherwise.
     """
 
     objective: Objective
@@ -33,3 +34,4 @@ class Problem:
     validation: Dataset[Any] | Sequence[torch.Tensor] | None = None
     metrics: Callable[[torch.nn.Module], Mapping[str, float]] | None = None
     pictures: Callable[[torch.nn.Module, Path], list[Path]] | None = None
+    dtype: Literal["float32", "float64"] = "float32"
