@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dhf.problems.digits import sparse_initialisation
+from dhf.problems.autoencoder import sparse_initialisation
 
 __all__ = ["Case", "autoencoder", "cases"]
 

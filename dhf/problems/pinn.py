@@ -23,7 +23,8 @@ from torch import Tensor
 
 from dhf.errors import UsageError
 from dhf.objective import LeastSquares
-from dhf.problems.problem import Problem
+from dhf.problems.options import require_finite, require_whole
+from dhf.problems.problem import Problem, match_module
 
 __all__ = ["PointResiduals", "TanhNetwork", "convection", "poisson"]
 
@@ -94,26 +95,26 @@ class PointResiduals(LeastSquares):
 
 
 def poisson(
-    widths: Sequence[int] = (64,), points: int = 30, boundary_weight: float = 1.0, frequency: float = 1.0
+    widths: Sequence[int] = (64,), points: int = 30, boundary_weight: float = 100.0, frequency: int = 1
 ) -> Problem:
     """``-Δu = f`` on the unit square with u = 0 on its boundary, solved by ``u = sin(πkx) sin(πky)``.
 
     Args:
         widths: Units of each hidden layer.
         points: The interior has ``points²`` of them on a regular grid, the boundary ``4 (points + 1)``.
-        boundary_weight: w on the boundary; 1 inside.
+        boundary_weight: w on the boundary; 1 inside. The equation holds second derivatives, (πk)² times larger than u, and the
+            boundary would hardly count otherwise.
         frequency: k, a whole number.
     """
     _check(widths, points, boundary_weight)
-    if frequency != round(frequency) or frequency < 1:
-        raise UsageError(f"frequency must be a whole number, got {frequency}: the solution must vanish on the boundary")
+    require_whole(1, frequency=frequency)  # the solution must vanish on the boundary
     k = math.pi * frequency
 
     def exact(p: Tensor) -> Tensor:
         return torch.sin(k * p[:, 0]) * torch.sin(k * p[:, 1])
 
-    inside = _grid(torch.arange(1, points + 1) / (points + 1), torch.arange(1, points + 1) / (points + 1))
     t = torch.arange(points + 1, dtype=torch.float64) / (points + 1)
+    inside = _grid(t[1:], t[1:])
     zero, one = torch.zeros_like(t), torch.ones_like(t)
     edge = torch.cat([torch.stack(pair, 1) for pair in ((t, zero), (one, t), (1 - t, one), (zero, 1 - t))])
     data = _samples(inside, 2 * k * k * exact(inside), edge, torch.zeros(len(edge)), boundary_weight)
@@ -139,14 +140,13 @@ def convection(
     with periodic boundaries, here with inflow, which states the same solution.
     """
     _check(widths, points, boundary_weight)
-    if not speed > 0:
-        raise UsageError(f"speed must be positive, got {speed}: data are given at the inflow x = 0")
+    require_finite(1e-12, speed=speed)  # data are given at the inflow x = 0
 
     def exact(p: Tensor) -> Tensor:
         return torch.sin(2 * math.pi * p[:, 0] - speed * p[:, 1])
 
     # the network sees x / 2π, so that both inputs run from 0 to 1
-    mid = (torch.arange(points) + 0.5) / points
+    mid = (torch.arange(points, dtype=torch.float64) + 0.5) / points
     inside = _grid(mid, mid)
     t = torch.arange(2 * points, dtype=torch.float64) / (2 * points - 1)
     edge = torch.cat([torch.stack((t, torch.zeros_like(t)), 1), torch.stack((torch.zeros_like(t), t), 1)])
@@ -173,9 +173,8 @@ def _problem(objective: PointResiduals, data: tuple[Tensor, ...], truth: _Truth)
     expected = truth.exact(grid)
 
     def predicted() -> Tensor:
-        first = next(objective.network.parameters())
         with torch.no_grad():
-            return objective.network(grid.to(first.device, first.dtype)).double().cpu()
+            return objective.network(match_module(grid, objective.network)).double().cpu()
 
     def metrics(module: torch.nn.Module) -> dict[str, float]:
         error = torch.linalg.vector_norm(predicted() - expected) / torch.linalg.vector_norm(expected)
@@ -197,16 +196,14 @@ def _samples(inside: Tensor, f: Tensor, edge: Tensor, g: Tensor, boundary_weight
 
 def _grid(first: Tensor, second: Tensor) -> Tensor:
     """All pairs, shape (len(first)·len(second), 2), float64."""
-    return torch.cartesian_prod(first.double(), second.double())
+    return torch.cartesian_prod(first, second)
 
 
 def _check(widths: Sequence[int], points: int, boundary_weight: float) -> None:
-    if isinstance(widths, int) or not widths or any(not isinstance(w, int) or w < 1 for w in widths):
+    if isinstance(widths, (int, str)) or not widths or any(not isinstance(w, int) or w < 1 for w in widths):
         raise UsageError(f"widths must be a list of hidden units such as [50,50,50], got {widths}")
-    if points < 2:
-        raise UsageError(f"points must be at least 2, got {points}")
-    if not boundary_weight > 0:
-        raise UsageError(f"boundary_weight must be positive, got {boundary_weight}")
+    require_whole(2, points=points)
+    require_finite(1e-12, boundary_weight=boundary_weight)
 
 
 def _draw(u: Tensor, error: Tensor, truth: _Truth, path: Path) -> Path:

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from dhf.objective import Objective
 
-__all__ = ["Problem"]
+__all__ = ["Problem", "match_module"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,3 +35,9 @@ class Problem:
     metrics: Callable[[torch.nn.Module], Mapping[str, float]] | None = None
     pictures: Callable[[torch.nn.Module, Path], list[Path]] | None = None
     dtype: Literal["float32", "float64"] = "float32"
+
+
+def match_module(x: torch.Tensor, module: torch.nn.Module) -> torch.Tensor:
+    """x on the device and in the dtype of the module's parameters."""
+    first = next(module.parameters())
+    return x.to(first.device, first.dtype)

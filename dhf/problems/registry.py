@@ -19,6 +19,12 @@ __all__ = ["build_problem", "problem_names"]
 _BUILT_IN = {
     "digits-autoencoder": "dhf.problems.digits:autoencoder",
     "digits-classifier": "dhf.problems.digits:classifier",
+    "logistic": "dhf.problems.logistic:logistic",
+    "curves-autoencoder": "dhf.problems.curves:autoencoder",
+    "mnist-autoencoder": "dhf.problems.mnist:autoencoder",
+    "adding-rnn": "dhf.problems.adding_rnn:adding_rnn",
+    "poisson-pinn": "dhf.problems.pinn:poisson",
+    "convection-pinn": "dhf.problems.pinn:convection",
 }
 
 

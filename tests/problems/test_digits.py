@@ -1,9 +1,8 @@
-"""The digits problems: their data, their start, and their picture."""
+"""The digits problems: their data and their networks."""
 
 import torch
 
 from dhf.problems import build_problem
-from dhf.problems.digits import sparse_initialisation
 
 
 def test_the_autoencoder_is_the_one_described():
@@ -23,14 +22,6 @@ def test_the_autoencoder_is_the_one_described():
     assert 50 < float(nats) < 70
 
 
-def test_sparse_initialisation_has_so_many_weights_a_unit():
-    module = torch.nn.Sequential(torch.nn.Linear(40, 30), torch.nn.Linear(6, 5))
-    sparse_initialisation(module, 15)
-    assert (module[0].weight != 0).sum(1).tolist() == [15] * 30
-    assert (module[1].weight != 0).sum(1).tolist() == [6] * 5
-    assert not module[0].bias.any()
-
-
 def test_the_classifier_holds_out_360_images_that_it_does_not_train_on():
     problem = build_problem("digits-classifier", {})
     (train, _), (held_out, labels) = problem.train, problem.validation
@@ -44,10 +35,3 @@ def test_the_classifier_holds_out_360_images_that_it_does_not_train_on():
     again = build_problem("digits-classifier", {}).train[0]
     assert torch.equal(again, train)
     assert not torch.equal(build_problem("digits-classifier", {"seed": 1}).train[0], train)
-
-
-def test_the_picture_is_drawn(tmp_path):
-    problem = build_problem("digits-autoencoder", {})
-    (path,) = problem.pictures(problem.objective.module, tmp_path)
-    assert path.name == "reconstructions.png"
-    assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"

@@ -1,9 +1,16 @@
 """Finding problems by name and in a user's file."""
 
+import dataclasses
+import math
+
+import numpy as np
 import pytest
+import torch
 
 import dhf
-from dhf.problems import build_problem, problem_names
+from dhf.optim import StepReport
+from dhf.problems import Shard, build_problem, problem_names
+from tests.problems.idx import write_images
 
 FILE = """
 import torch, dhf
@@ -19,6 +26,12 @@ def needs(size):
     return build(size)
 """
 
+SMALL = {
+    "logistic": {"samples": 200, "features": 10},
+    "curves-autoencoder": {"samples": 60},
+    "adding-rnn": {"hidden": 9},
+}
+
 
 @pytest.fixture
 def path(tmp_path):
@@ -33,26 +46,50 @@ def test_a_users_file_is_built_with_its_options(path):
 
 
 @pytest.mark.parametrize("name", problem_names())
-def test_built_in_problems_have_finite_losses_and_metrics(name):
-    problem = build_problem(name, {})
-    loss = problem.objective.loss(
-        problem.objective.outputs(tuple(t.float() if t.is_floating_point() else t for t in problem.train)),
-        tuple(t.float() if t.is_floating_point() else t for t in problem.train),
-    )
-    assert loss.isfinite()
-    assert all(0 <= value < 100 for value in problem.metrics(problem.objective.module).values())
+def test_built_in_problems_have_finite_losses_and_metrics(name, tmp_path):
+    options = dict(SMALL.get(name, {}))
+    if name == "mnist-autoencoder":
+        write_images(tmp_path / "train-images-idx3-ubyte", np.zeros((3, 28, 28)))
+        options["folder"] = str(tmp_path)
+    problem = build_problem(name, options)
+    assert problem.dtype in ("float32", "float64")
+    dtype = getattr(torch, problem.dtype)
+    problem.objective.module.to(dtype)
+    for data in (problem.train, problem.validation):
+        if data is not None:
+            (batch,) = Shard(data, 0, 1, device=torch.device("cpu"), dtype=dtype, batch_size=50).batches(0)
+            with torch.no_grad():
+                outputs = problem.objective.outputs(batch)
+                problem.objective.check(outputs, batch)
+                assert problem.objective.loss(outputs, batch).isfinite()
+    metrics = problem.metrics(problem.objective.module)
+    assert metrics
+    assert not set(metrics) & {field.name for field in dataclasses.fields(StepReport)}  # a run reports these itself
+    assert all(type(value) is float and 0 <= value < math.inf for value in metrics.values())
+
+
+@pytest.mark.parametrize("name", [name for name in problem_names() if name != "mnist-autoencoder"])
+def test_built_in_data_do_not_follow_the_global_generator(name):
+    def facts(seed: int) -> list[dict[str, str]]:
+        torch.manual_seed(seed)
+        problem = build_problem(name, SMALL.get(name, {}))
+        shards = [data for data in (problem.train, problem.validation) if data is not None]
+        return [Shard(data, 0, 1, device=torch.device("cpu"), dtype=torch.float64).facts() for data in shards]
+
+    assert facts(0) == facts(1)
 
 
 def test_errors_name_what_is_known(path):
     for name, options, text in [
         ("digits-autoencodr", {}, "did you mean 'digits-autoencoder'"),
-        ("nonsense", {}, "choose from digits-autoencoder, digits-classifier, or give FILE.py:FUNCTION"),
+        ("nonsense", {}, "choose from digits-autoencoder, digits-classifier, "),
         ("absent.py:build", {}, "problem file 'absent.py' does not exist"),
         (f"{path}:biuld", {}, "has no function 'biuld'; it has build, wrong, needs"),
         (f"{path}:wrong", {}, "returned int, not a dhf.Problem"),
         (f"{path}:build", {"widht": 3}, "has no option 'widht'; did you mean 'width'"),
         (f"{path}:needs", {}, "needs --options.size VALUE"),
-        ("digits-autoencoder", {"connections": 0}, "connections must be at least 1"),
+        ("mnist-autoencoder", {}, "needs --options.folder VALUE"),
+        ("digits-autoencoder", {"connections": 0}, "connections must be a whole number and at least 1"),
     ]:
         with pytest.raises(dhf.UsageError) as error:
             build_problem(name, options)
