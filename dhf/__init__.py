@@ -17,22 +17,32 @@ _PUBLIC = {
     "GlobalOperator": "dhf.operator",
     "Hessian": "dhf.operator",
     "HessianFree": "dhf.optim",
+    "KFAC": "dhf.preconditioners",
     "LeastSquares": "dhf.objective",
     "MeanSquaredError": "dhf.losses",
     "NonFiniteError": "dhf.errors",
+    "Nystrom": "dhf.preconditioners",
     "Objective": "dhf.objective",
+    "PerSampleError": "dhf.errors",
     "Problem": "dhf.problems",
     "RankError": "dhf.errors",
     "RanksDifferError": "dhf.errors",
     "Reason": "dhf.reason",
     "ReplicasDivergedError": "dhf.errors",
+    "ResidualJacobian": "dhf.operator",
     "Solution": "dhf.solvers",
     "StaleGraphError": "dhf.errors",
     "StepReport": "dhf.optim",
     "UsageError": "dhf.errors",
     "cg": "dhf.solvers",
+    "cgls": "dhf.solvers",
     "connect": "dhf.comm",
+    "direct": "dhf.solvers",
+    "empirical_fisher": "dhf.preconditioners",
+    "forcing_term": "dhf.solvers",
     "jacobi": "dhf.preconditioners",
+    "minres": "dhf.solvers",
+    "steihaug": "dhf.solvers",
 }
 
 __all__ = ["__version__", *_PUBLIC]
@@ -41,6 +51,7 @@ if TYPE_CHECKING:
     from dhf.comm import connect as connect
     from dhf.errors import CommunicationError as CommunicationError
     from dhf.errors import NonFiniteError as NonFiniteError
+    from dhf.errors import PerSampleError as PerSampleError
     from dhf.errors import RankError as RankError
     from dhf.errors import RanksDifferError as RanksDifferError
     from dhf.errors import ReplicasDivergedError as ReplicasDivergedError
@@ -55,13 +66,22 @@ if TYPE_CHECKING:
     from dhf.operator import GaussNewton as GaussNewton
     from dhf.operator import GlobalOperator as GlobalOperator
     from dhf.operator import Hessian as Hessian
+    from dhf.operator import ResidualJacobian as ResidualJacobian
     from dhf.optim import HessianFree as HessianFree
     from dhf.optim import StepReport as StepReport
+    from dhf.preconditioners import KFAC as KFAC
+    from dhf.preconditioners import Nystrom as Nystrom
+    from dhf.preconditioners import empirical_fisher as empirical_fisher
     from dhf.preconditioners import jacobi as jacobi
     from dhf.problems import Problem as Problem
     from dhf.reason import Reason as Reason
     from dhf.solvers import Solution as Solution
     from dhf.solvers import cg as cg
+    from dhf.solvers import cgls as cgls
+    from dhf.solvers import direct as direct
+    from dhf.solvers import forcing_term as forcing_term
+    from dhf.solvers import minres as minres
+    from dhf.solvers import steihaug as steihaug
 
 
 def __getattr__(name: str) -> Any:

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from dhf.comm import Communicator
-from dhf.errors import RankError, RanksDifferError, ReplicasDivergedError, StaleGraphError, UsageError
+from dhf.errors import PerSampleError, RankError, RanksDifferError, ReplicasDivergedError, StaleGraphError, UsageError
 from dhf.reason import Reason
 
 __all__ = ["Coordinator", "Verdict", "capture", "fingerprint", "mark_of"]
@@ -291,7 +291,7 @@ def capture(function: Callable[[], T]) -> tuple[T | None, Exception | None]:
 def _report(failure: BaseException | None) -> _Report | None:
     if failure is None:
         return None
-    kind = next((k for k in (UsageError, StaleGraphError) if isinstance(failure, k)), None)
+    kind = next((k for k in (PerSampleError, UsageError, StaleGraphError) if isinstance(failure, k)), None)
     words = str(failure).strip() or type(failure).__name__
     if kind is None:
         words = f"{type(failure).__name__}: {words}"

@@ -8,6 +8,7 @@ from typing import Any
 __all__ = [
     "CommunicationError",
     "NonFiniteError",
+    "PerSampleError",
     "RankError",
     "RanksDifferError",
     "ReplicasDivergedError",
@@ -18,6 +19,10 @@ __all__ = [
 
 class UsageError(ValueError):
     """Something the user gave (a flag, a file, a module, data) cannot be used; the text says what to do."""
+
+
+class PerSampleError(UsageError):
+    """An objective cannot be differentiated sample by sample: samples depend on one another, or vmap cannot enter its code."""
 
 
 class StaleGraphError(RuntimeError):

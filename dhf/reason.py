@@ -20,6 +20,7 @@ class Reason(enum.IntEnum):
     ZERO_RIGHT_HAND_SIDE = 3
     TRUST_REGION_BOUNDARY = 8
     LEAST_SQUARES_SOLUTION = 9
+    RESIDUAL_REPLACED = 10
     # steps
     STEP_ACCEPTED = 4
     GRADIENT_ZERO = 5
@@ -69,6 +70,7 @@ _ADVICE = {
     Reason.LEAST_SQUARES_SOLUTION: (
         "The system has no exact solution (the matrix is singular); the residual is as small as it can be."
     ),
+    Reason.RESIDUAL_REPLACED: "The residual was taken anew from the data; the solve goes on.",
     Reason.STEP_ACCEPTED: "The step lowered the objective and was taken.",
     Reason.GRADIENT_ZERO: "The gradient is zero: the parameters are at a stationary point.",
     Reason.TARGET_REACHED: "The loss fell below the target.",

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import dhf
-from dhf.curvature.fisher import _uniforms
+from dhf.curvature.fisher import uniforms
 from dhf.operator import loss_and_gradient
 from tests.models import (
     CLASSES,
@@ -91,7 +91,7 @@ def test_least_squares_gauss_newton_is_the_mean_of_jacobian_squares() -> None:
 
 def _drawn_labels(loss: str, z: Tensor, seed: int) -> Tensor:
     """The labels that the operator draws, by its own uniform numbers and the inverse distribution function."""
-    numbers = _uniforms(seed, 0, len(z), 1 if loss == "cross_entropy" else CLASSES)
+    numbers = uniforms(seed, 0, len(z), 1 if loss == "cross_entropy" else CLASSES)
     if loss == "cross_entropy":
         cumulative = torch.softmax(z, 1).numpy().cumsum(1)
         return torch.tensor(

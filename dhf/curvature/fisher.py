@@ -20,7 +20,7 @@ from dhf.errors import UsageError
 from dhf.objective import Objective
 from dhf.parameters import Parameters
 
-__all__ = ["FisherGraph"]
+__all__ = ["FisherGraph", "uniforms"]
 
 
 class FisherGraph:
@@ -48,6 +48,7 @@ class FisherGraph:
             )
         self._graph = GaussNewtonGraph(objective, parameters, batch)
         self.rows, self.loss, self.gradient = self._graph.rows, self._graph.loss, self._graph.gradient
+        self.width = self._graph.width
         self._loss = known
         self._targets: Any = batch[1] if isinstance(batch, (tuple, list)) and len(batch) > 1 else None
         self._count = objective.count(batch)
@@ -61,7 +62,7 @@ class FisherGraph:
             raise UsageError(
                 "this loss has no predictive distribution to sample labels from; use the Gauss-Newton matrix"
             )
-        numbers = _uniforms(self._seed, first_row, self.rows, draws * self._samples).to(z.device)
+        numbers = uniforms(self._seed, first_row, self.rows, draws * self._samples).to(z.device)
         cs = [self._loss.sampled_gradients(z, self._targets, u) for u in numbers.chunk(self._samples, dim=1)]
         scale = 1.0 / (self._samples * self._count)
         loss = self._loss
@@ -72,7 +73,7 @@ class FisherGraph:
         return self._graph.product(v)
 
 
-def _uniforms(seed: int, first_row: int, rows: int, draws: int) -> Tensor:
+def uniforms(seed: int, first_row: int, rows: int, draws: int) -> Tensor:
     """Float64 numbers in (0, 1), shape (rows, draws), that depend only on the seed and each row's place."""
     blocks = -(-draws // 4)  # Philox makes four numbers per counter
     stream = np.random.Philox(key=seed).advance(first_row * blocks)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dhf.curvature.gradient import scalar_loss
+from dhf.curvature.gradient import rows_and_width, scalar_loss
 from dhf.errors import UsageError
 from dhf.losses import OutputHessian
 from dhf.objective import Objective
@@ -45,7 +45,7 @@ class GaussNewtonGraph:
         known = objective.output_hessian(self.outputs, batch)
         self.output_hessian: OutputHessian = known if known is not None else _autograd_hessian(slope, at)
         self.slope = slope.detach()
-        self.rows = z.shape[0] if z.dim() else 0
+        self.rows, self.width = rows_and_width(z)
         self.loss = loss.detach()
         self._z, self._tensors = z, parameters.tensors
         self._u = self.slope.clone().requires_grad_(True)

@@ -12,7 +12,7 @@ from dhf.errors import UsageError
 from dhf.objective import Objective
 from dhf.parameters import Parameters
 
-__all__ = ["GradientGraph", "scalar_loss"]
+__all__ = ["GradientGraph", "rows_and_width", "scalar_loss"]
 
 
 class GradientGraph:
@@ -22,7 +22,7 @@ class GradientGraph:
         outputs = objective.outputs(batch)
         objective.check(outputs, batch)
         loss = scalar_loss(objective, outputs, batch)
-        self.rows = outputs.shape[0] if outputs.dim() else 0
+        self.rows, self.width = rows_and_width(outputs)
         self.gradient: Sequence[Tensor] = torch.autograd.grad(loss, parameters.tensors, materialize_grads=True)
         self.loss = loss.detach()
 
@@ -47,3 +47,9 @@ def scalar_loss(objective: Objective, outputs: Tensor, batch: Any) -> Tensor:
             "the loss does not depend on any trainable parameter; check for detach(), .item() or no_grad()"
         )
     return loss.reshape(())
+
+
+def rows_and_width(outputs: Tensor) -> tuple[int, int]:
+    """How many samples outputs of shape (N, ...) belong to, and how many numbers each has."""
+    rows = outputs.shape[0] if outputs.dim() else 0
+    return rows, outputs.numel() // rows if rows else 0

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dhf.curvature.gradient import scalar_loss
+from dhf.curvature.gradient import rows_and_width, scalar_loss
 from dhf.objective import Objective
 from dhf.parameters import Parameters
 
@@ -28,7 +28,7 @@ class HessianGraph:
         objective.check(outputs, batch)
         loss = scalar_loss(objective, outputs, batch)
         gradient = torch.autograd.grad(loss, parameters.tensors, create_graph=True, materialize_grads=True)
-        self.rows = outputs.shape[0] if outputs.dim() else 0
+        self.rows, self.width = rows_and_width(outputs)
         self.loss = loss.detach()
         self.gradient: Sequence[Tensor] = [g.detach() for g in gradient]
         self._tensors = parameters.tensors

@@ -13,19 +13,24 @@ import torch
 from torch import Tensor
 from torch.func import functional_call, grad, jacrev, vmap
 
-from dhf.errors import UsageError
-from dhf.objective import Objective, rows
+from dhf.curvature.shard import MicroBatch
+from dhf.errors import PerSampleError
+from dhf.objective import Objective, rows, select
 from dhf.parameters import Parameters
 
-__all__ = ["PerSampleError", "output_jacobian"]
+__all__ = ["add_squared_gradients", "output_jacobian"]
 
-
-class PerSampleError(UsageError):
-    """The objective's outputs cannot be differentiated sample by sample."""
+_CHUNK = 64  # samples whose gradients are held at once
 
 
 def output_jacobian(
-    objective: Objective, parameters: Parameters, batch: Any, *, chunk_size: int | None = None, verify: bool = True
+    objective: Objective,
+    parameters: Parameters,
+    batch: Any,
+    *,
+    width: int | None = None,
+    chunk_size: int | None = None,
+    verify: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """``∂ outputs_i / ∂θ`` of every sample i, shape (N, k, n) with k outputs per sample; and the outputs, shape (N, ...).
 
@@ -33,6 +38,7 @@ def output_jacobian(
         objective: Whose outputs.
         parameters: With respect to what; flat, in their order.
         batch: One micro-batch, tensors of leading dimension N in any nest.
+        width: k; found by evaluating the outputs where it is not given.
         chunk_size: Samples differentiated at once; all by default.
         verify: Whether to compare the outputs with those of the whole batch.
 
@@ -43,32 +49,84 @@ def output_jacobian(
     size = rows(batch)
     place, (flat, axes) = _Outputs(objective), _flatten(batch, size)
     tensors = tuple(p.detach() for p in parameters.tensors)
-    with torch.no_grad():
-        whole = objective.outputs(batch)
-    width = whole.numel() // size if size else 1
+    whole: Tensor | None = None
+    if width is None or verify:
+        with torch.enable_grad():  # outputs may hold a torch.autograd.grad of their own
+            whole = objective.outputs(batch).detach()
+        width = whole.numel() // size if size else 1
 
     def outputs_of_one(values: tuple[Tensor, ...], *parts: Any) -> tuple[Tensor, Tensor]:
         named = {f"module.{name}": value for name, value in zip(parameters.names, values, strict=True)}
-        z = functional_call(place, named, (_rebuild(batch, iter(parts), size),)).reshape(-1)
-        return z.reshape(()) if width == 1 else z, z.detach()
+        z = functional_call(place, named, (_rebuild(batch, iter(parts), size),))
+        return z.reshape(()) if width == 1 else z.reshape(-1), z.detach()
 
     derivative = grad if width == 1 else jacrev
     try:
         split = vmap(derivative(outputs_of_one, has_aux=True), in_dims=(None, *axes), chunk_size=chunk_size)
         pieces, z = split(tensors, *flat)
     except Exception as error:
-        words = (str(error).splitlines() or [""])[0]
-        raise PerSampleError(
-            f"outputs cannot be differentiated sample by sample ({type(error).__name__}: {words})"
-        ) from error
-    slack = 1e3 * torch.finfo(whole.dtype).eps
-    z = z.reshape(whole.shape)
-    if verify and not torch.allclose(z, whole, rtol=slack, atol=slack * float(whole.abs().max())):
+        raise _refusal("outputs", error) from error
+    z = z.squeeze(1)
+    if verify and whole is not None and not _close(z, whole):
         raise PerSampleError(
             "outputs of a sample alone differ from those in its batch: samples are not independent (normalisation over the "
             "batch, dropout) or their outputs are not rows"
         )
     return torch.cat([piece.reshape(size, width, -1) for piece in pieces], dim=2), z
+
+
+def _close(z: Tensor, whole: Tensor) -> bool:
+    slack = 1e3 * torch.finfo(whole.dtype).eps
+    largest = float(whole.abs().max()) if whole.numel() else 0.0
+    return z.shape == whole.shape and torch.allclose(z, whole, rtol=slack, atol=slack * largest)
+
+
+def add_squared_gradients(objective: Objective, parameters: Parameters, part: MicroBatch, out: Tensor) -> None:
+    """Add ``weight Σ_i c_i/c ∇f_i ∘ ∇f_i`` of a micro-batch to ``out``, shape (n,).
+
+    c_i is what sample i counts in the mean loss (1 for most losses), c their sum.
+
+    Raises:
+        PerSampleError: If vmap cannot enter the loss.
+    """
+    place = _Outputs(objective)
+    tensors = tuple(p.detach() for p in parameters.tensors)
+
+    def loss_of_one(values: tuple[Tensor, ...], *pieces: Any) -> Tensor:
+        named = {f"module.{name}": value for name, value in zip(parameters.names, values, strict=True)}
+        sample = _rebuild(part.batch, iter(pieces), part.rows)
+        return objective.loss(functional_call(place, named, (sample,)), sample)
+
+    flat, axes = _flatten(part.batch, part.rows)
+    counts = _counts(objective, part)
+    squares = [torch.zeros_like(t) for t in tensors]
+    split = vmap(grad(loss_of_one), in_dims=(None, *axes))
+    for index in counts.nonzero()[:, 0].split(_CHUNK):  # what counts nothing may have no mean loss
+        chunk = [t if a is None else t[index.to(t.device)] for t, a in zip(flat, axes, strict=True)]
+        try:
+            gradients = split(tensors, *chunk)
+        except Exception as error:
+            raise _refusal("the loss", error) from error
+        shares = (counts[index] / counts.sum()).to(parameters.device, parameters.dtype)
+        for total, g in zip(squares, gradients, strict=True):
+            total.add_(torch.tensordot(shares, g.square(), 1))
+    out.add_(parameters.flatten(squares), alpha=part.weight)
+
+
+def _counts(objective: Objective, part: MicroBatch) -> Tensor:
+    """What each sample counts in the mean loss, float64, shape (N,)."""
+    if objective.count(part.batch) == part.rows:
+        return torch.ones(part.rows, dtype=torch.float64)
+    each = [objective.count(select(part.batch, slice(i, i + 1))) for i in range(part.rows)]
+    return torch.tensor(each, dtype=torch.float64)
+
+
+def _refusal(what: str, error: Exception) -> PerSampleError:
+    words = (str(error).splitlines() or [""])[0]
+    return PerSampleError(
+        f"{what} cannot be differentiated sample by sample: write inner derivatives with torch.func, set dropout and BatchNorm "
+        f"to eval(), and do without .item() and branches on values ({type(error).__name__}: {words})"
+    )
 
 
 class _Outputs(torch.nn.Module):

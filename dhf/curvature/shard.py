@@ -28,11 +28,13 @@ class Graph(Protocol):
         loss: Mean loss over the micro-batch, 0-dim.
         gradient: Its gradient, one tensor per parameter.
         rows: Samples in the micro-batch.
+        width: Numbers in the outputs per sample.
     """
 
     loss: Tensor
     gradient: Sequence[Tensor]
     rows: int
+    width: int
 
     def begin(self, first_row: int) -> None:
         """Called once before the first product, with the micro-batch's place among all data."""
@@ -86,6 +88,7 @@ class ShardCurvature:
         gradient_sum: ``Σ count·gradient``, shape (n,).
         count: ``Σ count``.
         rows: Samples in the shard.
+        width: Numbers in the outputs per sample; 0 for an empty shard.
     """
 
     def __init__(
@@ -124,6 +127,7 @@ class ShardCurvature:
             self.rows += graph.rows
         self.loss_sum = losses.item()
         self.count = sum(kept.count for kept in self._kept)
+        self.width = self._kept[0].graph.width if self._kept else 0
         self._total, self._first_row = 0.0, 0
 
     def begin(self, total: float, first_row: int) -> None:
@@ -176,14 +180,6 @@ class ShardCurvature:
             ):
                 weight, first_row = kept.count / self._total, self._first_row + kept.first_row
                 add(MicroBatch(kept.batch, kept.graph.rows, weight, first_row), out)
-
-    def outputs_per_row(self) -> int:
-        """Numbers per sample in the objective's outputs; 0 for an empty shard."""
-        for kept in self._kept:
-            with torch.no_grad(), reproducible(self._objective, self._parameters.device, kept.seed):
-                z = self._objective.outputs(kept.batch)
-            return z.numel() // z.shape[0]
-        return 0
 
     def moved(self) -> Tensor | None:
         """On a GPU, how many parameters moved by value, as a 0-dim tensor; on a CPU :meth:`product` has looked."""

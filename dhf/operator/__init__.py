@@ -2,6 +2,16 @@
 
 from dhf.operator.curvatures import Fisher, GaussNewton, Hessian, loss_and_gradient
 from dhf.operator.global_operator import GlobalOperator, Shifted
+from dhf.operator.normal_matrix import NormalMatrix
 from dhf.operator.residual_jacobian import ResidualJacobian
 
-__all__ = ["Fisher", "GaussNewton", "GlobalOperator", "Hessian", "ResidualJacobian", "Shifted", "loss_and_gradient"]
+__all__ = [
+    "Fisher",
+    "GaussNewton",
+    "GlobalOperator",
+    "Hessian",
+    "NormalMatrix",
+    "ResidualJacobian",
+    "Shifted",
+    "loss_and_gradient",
+]

@@ -50,6 +50,8 @@ class GlobalOperator:
         loss: The global objective, weight decay included. Float.
         gradient: The global gradient, shape (n,), the parameters' dtype and device.
         count: Samples (or their total weight) over all ranks.
+        rows: Samples of each rank.
+        outputs_per_row: Numbers that the objective's outputs hold per sample.
         products: Products taken so far.
         space: The inner products of these vectors.
         RIDERS: Numbers that ride with each product besides the status word.
@@ -197,12 +199,6 @@ class GlobalOperator:
             )
         return pieces
 
-    def outputs_per_row(self) -> int:
-        """Numbers that the objective's outputs hold per sample. Collective, since a shard may be empty."""
-        mine, failure = capture(lambda: self._open_shard().outputs_per_row())
-        total, known = self._coordinator.reduce([mine or 0, mine is not None and mine > 0], failure=failure)
-        return round(total / known)
-
     @property
     def non_finite(self) -> dict[int, NonFinite | None]:
         """The ranks that put NaN or infinity into the last product that held any; with the sample where one was looked for."""
@@ -263,16 +259,20 @@ class GlobalOperator:
         if shard is not None:
             places[comm.rank] = shard.rows
         sums = [shard.loss_sum, shard.count] if shard is not None else [0.0, 0.0]
+        sums += [shard.width, shard.width > 0] if shard is not None else [0.0, 0.0]
         # the decay term is rank 0's alone, so that every rank holds the same bits of the loss
         decay = 0.5 * self._decay * float(theta.double().square().sum()) if comm.rank == 0 else 0.0
         mark = coordinate.mark(mark_of(self._facts) ^ fingerprint(theta))
-        loss_sum, total, decay, *rest = coordinate.reduce([*sums, decay, *places, *mark], failure=failure)
+        loss_sum, total, widths, known, decay, *rest = coordinate.reduce(
+            [*sums, decay, *places, *mark], failure=failure
+        )
         assert shard is not None
         if not coordinate.same(rest[comm.size :]):
             coordinate.raise_difference(self._facts)
             coordinate.require_replicas(theta)
         rows = [int(r) for r in rest[: comm.size]]
         self.count, self.rows = total, rows
+        self.outputs_per_row = round(widths / known) if known else 0
         n = self.parameters.numel
         gradient, word = self._buffer[:n], self._buffer[-Coordinator.WIDTH :]
         _, failure = capture(lambda: self._place(shard, total, sum(rows[: comm.rank])))

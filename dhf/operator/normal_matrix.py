@@ -19,10 +19,13 @@ from dhf.curvature.gradient import scalar_loss
 from dhf.curvature.per_sample import output_jacobian
 from dhf.curvature.shard import MicroBatch
 from dhf.errors import UsageError
-from dhf.objective import Objective
+from dhf.losses import OutputHessian
+from dhf.objective import Objective, select
 from dhf.operator.global_operator import GlobalOperator
 
 __all__ = ["NormalMatrix"]
+
+_CHUNK_BYTES = 2**28  # of rows held at once where they are added up
 
 
 class NormalMatrix:
@@ -47,9 +50,10 @@ class NormalMatrix:
 
     def __init__(self, operator: GlobalOperator, *, in_samples: bool, verify: bool = True) -> None:
         objective = operator.objective
-        if objective.known_loss() is None or (in_samples and not objective.is_least_squares):
-            needed = "a sum of squares" if in_samples else "a loss with a known output Hessian"
-            raise UsageError(f"direct needs {needed}, and {type(objective).__name__} has another; solve with cg")
+        if in_samples and not objective.is_least_squares:
+            raise UsageError(
+                f"direct needs a sum of squares, and {type(objective).__name__} has another loss; solve with cg"
+            )
         self.shift = objective.weight_decay
         self.gradient = operator.gradient
         self._operator, self._verify = operator, verify
@@ -64,7 +68,7 @@ class NormalMatrix:
 
     def _form_in_samples(self) -> None:
         operator = self._operator
-        width, m = operator.outputs_per_row(), sum(operator.rows)
+        width, m = operator.outputs_per_row, sum(operator.rows)
         found = operator.sums(self._add_rows, [(m, width, operator.shape[0]), (m, width)])
         self.rows, self.right_rows = found[0].flatten(0, 1), found[1].flatten()
         self.right = operator.parameters.read().mul_(-self.shift) if self.shift else torch.zeros_like(self.gradient)
@@ -79,22 +83,52 @@ class NormalMatrix:
 
     def _add_gram(self, part: MicroBatch, out: Sequence[Tensor]) -> None:
         objective, parameters = self._operator.objective, self._operator.parameters
-        J, z = output_jacobian(objective, parameters, part.batch, verify=self._verify)
-        hessian = objective.output_hessian(z, part.batch)
-        assert hessian is not None
-        n = J.shape[2]
-        HJ = vmap(lambda column: hessian(column.view(z.shape)).reshape(J.shape[:2]), in_dims=2, out_dims=2)(J)
-        out[0].addmm_(J.view(-1, n).T, HJ.reshape(-1, n), alpha=part.weight)
+        n, width = parameters.numel, self._operator.outputs_per_row
+        step = max(1, _CHUNK_BYTES // (8 * n * width))
+        whole = objective.count(part.batch)
+        for first in range(0, part.rows, step):
+            piece = part.batch if step >= part.rows else select(part.batch, slice(first, first + step))
+            count = objective.count(piece)
+            if count == 0:  # what counts nothing may have no mean loss
+                continue
+            J, z = output_jacobian(objective, parameters, piece, width=width, verify=self._verify)
+            hessian = _output_hessian(objective, z, piece)
+            weight = part.weight * count / whole
+            rows = J.view(-1, n)
+            if objective.is_least_squares:  # whose output Hessian is a multiple of the identity
+                out[0].addmm_(rows.T, rows, alpha=weight * _multiple(hessian, z))
+            else:
+                out[0].addmm_(rows.T, _columns(hessian, J, z), alpha=weight)
 
     def _add_rows(self, part: MicroBatch, out: Sequence[Tensor]) -> None:
         objective, parameters = self._operator.objective, self._operator.parameters
-        J, z = output_jacobian(objective, parameters, part.batch, verify=self._verify)
-        hessian = objective.output_hessian(z, part.batch)
-        assert hessian is not None
-        h = float(hessian(torch.ones_like(z).flatten()[:1].expand(z.shape)).flatten()[0]) if z.numel() else 1.0
+        J, z = output_jacobian(
+            objective, parameters, part.batch, width=self._operator.outputs_per_row, verify=self._verify
+        )
+        hessian = _output_hessian(objective, z, part.batch)
+        h = _multiple(hessian, z)
         place = slice(part.first_row, part.first_row + part.rows)
         out[0][place] = J.mul_((h * part.weight) ** 0.5)
         out[1][place] = -_slope(objective, z, part.batch).view(J.shape[:2]) * (part.weight / h) ** 0.5
+
+
+def _output_hessian(objective: Objective, z: Tensor, batch: object) -> OutputHessian:
+    known = objective.output_hessian(z, batch)
+    if known is None:
+        raise UsageError(
+            f"direct needs a loss with a known output Hessian, and {type(objective).__name__} has another; solve with cg"
+        )
+    return known
+
+
+def _multiple(hessian: OutputHessian, z: Tensor) -> float:
+    return float(hessian(torch.ones_like(z)).flatten()[0]) if z.numel() else 1.0
+
+
+def _columns(hessian: OutputHessian, J: Tensor, z: Tensor) -> Tensor:
+    """The output Hessian times every column of J, shape (N·k, n)."""
+    per_column = vmap(lambda column: hessian(column.view(z.shape)).reshape(J.shape[:2]), in_dims=2, out_dims=2)
+    return per_column(J).reshape(-1, J.shape[2])
 
 
 def _slope(objective: Objective, z: Tensor, batch: object) -> Tensor:

@@ -1,19 +1,20 @@
-"""HessianFree: a torch optimizer whose step is a damped Newton or Gauss-Newton solve by conjugate gradients.
+"""HessianFree: a torch optimizer whose step is a damped Newton or Gauss-Newton solve.
 
 One step, at parameters θ:
 
     1. gradient g and curvature B on graphs built once           (one pass over the data)
-    2. (B + λI) d = -g by CG, warm-started                        (one product and one collective per iteration)
+    2. (B + λI) d = -g, or its minimiser in a trust region        (one product and one collective per iteration)
     3. the graphs are freed; only then do parameters move
-    4. d among CG's iterates, then a step length s, by the objective itself
-    5. λ from the reduction ratio (f(θ + d) - f(θ)) / (gᵀd + ½dᵀBd)
+    4. d whole, or d among the solve's iterates and then a step length s, by the objective itself
+    5. λ or the radius from the reduction ratio (f(θ + d) - f(θ)) / (gᵀd + ½dᵀBd)
 
-Every number that decides anything is a sum over ranks, or rank 0's, so that all ranks take the same step.
+A step that fails climbs down a ladder: an earlier iterate of the same solve, more damping at once where that needs no graph,
+more damping in the next step, and at the third failure in a row the gradient. Every number that decides anything is a sum over
+ranks, or rank 0's, so that all ranks take the same step.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import math
@@ -21,58 +22,72 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from dhf.comm import Communicator, Serial
 from dhf.coordinator import Coordinator, capture
-from dhf.curvature import FisherGraph, GaussNewtonGraph, GradientGraph, HessianGraph, NonFinite
-from dhf.curvature.shard import BuildGraph
-from dhf.errors import NonFiniteError, UsageError
+from dhf.curvature import GradientGraph
+from dhf.errors import PerSampleError, UsageError
 from dhf.evaluation import moving_buffers, stream_seed
-from dhf.objective import Objective, require_objective, rows, select
+from dhf.objective import Objective, require_objective
 from dhf.operator import GlobalOperator
-from dhf.optim.damping import LevenbergMarquardt, reduction_ratio
+from dhf.optim.damping import LevenbergMarquardt, Nielsen
+from dhf.optim.linearisation import Bounds, Linearisation, MakePreconditioner, direct_is_cheaper
+from dhf.optim.outcome import Outcome, Steering
 from dhf.optim.report import StepReport
+from dhf.optim.settings import Settings, resolve
 from dhf.optim.trial import Point, Trial
+from dhf.optim.trust_region import TrustRegion
 from dhf.parameters import Parameters
-from dhf.preconditioners import jacobi
+from dhf.preconditioners import KFAC, Nystrom, empirical_fisher, jacobi
 from dhf.reason import Reason
-from dhf.solvers import Iterate, Solution, cg
+from dhf.solvers import Iterate, Solution, forcing_term
 
-__all__ = ["CURVATURES", "PRECONDITIONERS", "SOLVERS", "HessianFree"]
-
-CURVATURES = ("ggn", "hessian", "fisher")
-PRECONDITIONERS = ("auto", "none", "jacobi")
-SOLVERS = ("cg",)
-
-Precondition = Callable[[Tensor], Tensor]
-MakePreconditioner = Callable[[GlobalOperator, float], Precondition]
+__all__ = ["HessianFree"]
 
 _NOT_TAKEN = (Reason.INTERRUPTED, Reason.TIME_LIMIT)
+_DAMPINGS = 12  # tried in one step where another damping needs no new graph
+_GRADIENT_AFTER = 3  # failed steps in a row before the gradient is tried
 
 
 class HessianFree(torch.optim.Optimizer):
-    """Distributed Hessian-free optimisation (truncated Newton, Gauss-Newton or natural gradient by CG).
+    """Distributed Hessian-free optimisation: truncated Newton, Gauss-Newton, Levenberg-Marquardt or natural gradient.
+
+    What is left at None comes from the preset; :attr:`settings` holds what is used, and the README's table says why.
 
     Args:
         objective: What is minimised; its module's trainable parameters are what moves.
         comm: How ranks talk; one process by default.
+        preset: ``"deep-net"``, ``"least-squares"``, ``"convex"``, or ``"auto"``: by the objective and the dtype.
         curvature: ``"ggn"`` (generalised Gauss-Newton), ``"hessian"`` or ``"fisher"`` (sampled labels).
-        preconditioner: ``"none"``, ``"jacobi"``, or a function of (operator, damping) that returns ``r -> z``. ``"auto"`` is
-            ``"none"``: a diagonal has not paid for itself on the problems measured.
-        solver: ``"cg"``.
+        preconditioner: ``"none"``, ``"jacobi"``, ``"empirical-fisher"``, ``"kfac"``, ``"nystrom"``, or a function of (operator,
+            damping) that returns ``r -> z``; ``"auto"`` is the preset's.
+        preconditioner_rank: Directions that nystrom samples.
+        preconditioner_refresh: Steps between renewals of kfac (2) and nystrom (once it has been applied ``rank`` times).
+        solver: ``"cg"``, ``"cgls"`` and ``"direct"`` (Gauss-Newton), ``"minres"``, ``"steihaug"`` (in a trust region), or
+            ``"auto"``: direct where memory and operations say it is cheaper, else cgls for sums of squares and cg.
+        globalisation: ``"levenberg-marquardt"``, ``"nielsen"`` or ``"trust-region"``.
+        line_search: ``"armijo"`` or ``"grid"``, for steps that are not taken whole.
         damping: First λ of ``(B + λI) d = -g``; it adapts.
-        cg_max_iterations: Most CG iterations per step.
-        cg_rtol: Relative residual at which CG stops.
-        cg_progress_tolerance: Martens' relative-progress rule; None turns it off.
-        warm_start_decay: CG starts at this multiple of the last solution; 0 starts at zero.
+        damping_factor: Levenberg-Marquardt's factor on λ.
+        damping_smallest: Least λ.
+        radius: First radius of a trust region; it adapts.
+        cg_max_iterations: Most iterations per solve.
+        cg_rtol: Relative residual at which a solve stops.
+        cg_forcing: Whether Eisenstat and Walker's forcing terms take the place of ``cg_rtol``.
+        cg_progress_tolerance: Martens' relative-progress rule; none of the presets needs it.
+        warm_start_decay: A solve starts at this multiple of the last solution; 0 starts at zero.
         curvature_fraction: Share of the samples that curvature is taken on, in (0, 1]; which samples depends on the seed,
             the step and the samples' order over ranks, not on how many ranks there are.
         seed: Names the random streams (dropout masks, sampled labels, sub-samples, probes); the same on all ranks.
         debug_nonfinite: Whether to search for the sample where a loss, gradient or product is not finite.
         coordinator: How ranks agree; made from ``comm`` by default.
+
+    Attributes:
+        preset: The preset's name.
+        settings: Every number in use.
+        notes: What was chosen and why, in sentences, as far as it is known; more may be known after the first step.
 
     Raises:
         UsageError: If an argument or the module cannot be used.
@@ -97,56 +112,52 @@ class HessianFree(torch.optim.Optimizer):
         objective: Objective,
         *,
         comm: Communicator | None = None,
-        curvature: str = "ggn",
-        preconditioner: str | MakePreconditioner = "auto",
-        solver: str = "cg",
-        damping: float = 1.0,
-        cg_max_iterations: int = 250,
-        cg_rtol: float = 1e-8,
-        cg_progress_tolerance: float | None = 5e-4,
-        warm_start_decay: float = 0.95,
-        curvature_fraction: float = 1.0,
+        preset: str = "auto",
+        curvature: str | None = None,
+        preconditioner: str | MakePreconditioner | None = None,
+        preconditioner_rank: int | None = None,
+        preconditioner_refresh: int | None = None,
+        solver: str | None = None,
+        globalisation: str | None = None,
+        line_search: str | None = None,
+        damping: float | None = None,
+        damping_factor: float | None = None,
+        damping_smallest: float | None = None,
+        radius: float | None = None,
+        cg_max_iterations: int | None = None,
+        cg_rtol: float | None = None,
+        cg_forcing: bool | None = None,
+        cg_progress_tolerance: float | None = None,
+        warm_start_decay: float | None = None,
+        curvature_fraction: float | None = None,
         seed: int = 0,
         debug_nonfinite: bool = False,
         coordinator: Coordinator | None = None,
     ) -> None:
-        _check_choice("curvature", curvature, CURVATURES)
-        _check_choice("solver", solver, SOLVERS)
-        if not callable(preconditioner):
-            _check_choice("preconditioner", preconditioner, PRECONDITIONERS)
-        if not 0 < curvature_fraction <= 1:
-            raise UsageError(f"curvature_fraction must be in (0, 1], got {curvature_fraction}")
-        if not 0 <= warm_start_decay <= 1:
-            raise UsageError(f"warm_start_decay must be in [0, 1], got {warm_start_decay}")
-        if cg_max_iterations < 1:
-            raise UsageError(f"cg_max_iterations must be at least 1, got {cg_max_iterations}")
-        if not damping > 0:
-            raise UsageError(f"damping must be positive, got {damping}")
+        given = dict(locals())
         require_objective(objective)
         self.objective = objective
         self.parameters = Parameters(objective.module)
+        chosen = {f.name: given[f.name] for f in dataclasses.fields(Settings)}
+        self.preset, self.settings = resolve(preset, objective, chosen)
         comm = comm if comm is not None else coordinator.comm if coordinator else Serial(self.parameters.device)
         self.comm = comm
         self.coordinator = coordinator or Coordinator(comm)
-        self.curvature, self.preconditioner = curvature, preconditioner
-        self._solve_options: dict[str, Any] = {
-            "max_iterations": cg_max_iterations,
-            "rtol": cg_rtol,
-            "progress_tolerance": cg_progress_tolerance,
-            "snapshot_ratio": 1.3,
-        }
-        self._damping = LevenbergMarquardt(damping)
-        self._decay, self._fraction, self._seed = warm_start_decay, curvature_fraction, seed
-        self._debug_nonfinite = debug_nonfinite
-        self._steps = 0
+        self.steering = _steering(self.settings)
+        self.notes = [f"preset {self.preset}: {_in_words(self.settings)}"]
+        self._seed, self._debug_nonfinite = seed, debug_nonfinite
+        self._precondition = _preconditioner(self.settings, seed)
+        self._steps = self._failures = 0
         self._last: Tensor | None = None
+        self._forcing: tuple[float, float] | None = None  # the last gradient norm and forcing term
         self._eps = torch.finfo(self.parameters.dtype).eps
+        self._verify, self._solver_is_open = True, self.settings.solver == "auto"
         super().__init__(self.parameters.tensors, {})
 
     @property
     def damping(self) -> float:
         """The λ of the next step."""
-        return self._damping.damping
+        return self.steering.damping
 
     def step(self, batches: Iterable[Any]) -> StepReport:  # type: ignore[override]
         """Take one step on this rank's micro-batches; every rank calls it together.
@@ -168,7 +179,8 @@ class HessianFree(torch.optim.Optimizer):
         buffers = moving_buffers(self.objective.module)
         kept = [b.clone() for b in buffers]
         try:
-            report = self._step_on(shard)
+            self._decide_solver(shard)
+            report = self._step_on(shard, lambda: _restore(buffers, kept))
         except BaseException:
             _restore(buffers, kept)
             raise
@@ -179,70 +191,158 @@ class HessianFree(torch.optim.Optimizer):
         seconds, waiting = time.perf_counter() - began, self.coordinator.seconds_waiting - waited
         return dataclasses.replace(report, seconds=seconds, seconds_waiting=waiting)
 
-    def _step_on(self, shard: Sequence[Any]) -> StepReport:
-        work = _Step(self, shard, stream_seed(self._seed, self._steps))
-        solve = work.solve()
+    def _decide_solver(self, shard: Sequence[Any]) -> None:
+        """Settle what ``solver="auto"`` stands for, once the data are seen."""
+        settings = self.settings
+        if settings.solver != "auto":
+            return
+        with GlobalOperator(
+            self.objective, shard, build=GradientGraph, coordinator=self.coordinator, seed=self._seed
+        ) as at:
+            dense = direct_is_cheaper(at, settings.cg_max_iterations)
+        if dense is not None:
+            self._take_solver("direct", f"it factorises {dense}")
+        else:
+            self._take_iterative("the matrix is too large for direct")
+
+    def _take_iterative(self, why: str) -> None:
+        self._take_solver("cgls" if self.objective.is_least_squares else "cg", why)
+        self.notes.append(f"preconditioner {_name(self.settings.preconditioner)}")
+
+    def _take_solver(self, solver: str, why: str) -> None:
+        self.settings = dataclasses.replace(self.settings, solver=solver)
+        self.notes.append(f"solver {solver}: {why}")
+
+    def _step_on(self, shard: Sequence[Any], restore_buffers: Callable[[], None]) -> StepReport:
+        work = self._linearise(shard)
+        try:
+            solve = work.solve(self._bounds)
+        except PerSampleError as error:
+            if not self._solver_is_open:
+                raise  # the user has asked for direct by name
+            self._take_iterative(f"{error}; written with torch.func, direct would be faster")
+            restore_buffers()
+            work = self._linearise(shard)
+            solve = work.solve(self._bounds)
+        self._verify = self._solver_is_open = False
         if solve is None:
-            return work.report(Reason.GRADIENT_ZERO, None, 0.0, work.loss, math.nan)
+            return self._report(work, Reason.GRADIENT_ZERO, None)
         if solve.reason in _NOT_TAKEN:
             # a resumed run takes this step again, and so goes the way of a run that was never stopped
-            return work.report(solve.reason, solve, 0.0, work.loss, math.nan)
+            return self._report(work, solve.reason, solve)
         return self._move(work, solve)
 
-    def _move(self, work: _Step, solve: Solution) -> StepReport:
-        damping = self.damping
-        trial = Trial(work.point(), damping)
-        chosen, f1, length, f = trial.search(_descents(solve))
-        ratio = reduction_ratio(work.loss, f1, chosen.predicted, self._eps)
-        report = work.report(
-            Reason.STEP_ACCEPTED if length else Reason.NO_DECREASE,
-            solve,
-            length,
-            f,
-            ratio,
-            trial.evaluations,
+    def _linearise(self, shard: Sequence[Any]) -> Linearisation:
+        return Linearisation(
+            self.objective,
+            self.parameters,
+            self.coordinator,
+            self.settings,
+            shard,
+            stream_seed(self._seed, self._steps),
+            precondition=self._precondition,
+            debug_nonfinite=self._debug_nonfinite,
+            verify=self._verify,
         )
-        self._last = chosen.x if length else None
-        if length and solve.reason is not Reason.NEGATIVE_CURVATURE:
-            self._damping.update(ratio)
-        else:
-            self._damping.fail()
-        return report
 
-    def make_preconditioner(self, operator: GlobalOperator) -> Precondition | None:
-        """This step's preconditioner for ``operator + damping·I``."""
-        if callable(self.preconditioner):
-            return self.preconditioner(operator, self.damping)
-        if self.preconditioner == "jacobi":
-            # a probe that is not finite is so on every rank; the solve goes on without, and meets the same trouble or not
-            with contextlib.suppress(NonFiniteError):
-                return jacobi(operator, self.damping, seed=stream_seed(self._seed, self._steps, 1))
-        return None
+    def _bounds(self, gradient_norm: float) -> Bounds:
+        settings = self.settings
+        rtol = settings.cg_rtol
+        if settings.cg_forcing:
+            last, term = self._forcing or (None, None)
+            rtol = forcing_term(gradient_norm, last, term)
+            self._forcing = gradient_norm, rtol
+        start = None if self._last is None or not settings.warm_start_decay else self._last * settings.warm_start_decay
+        return Bounds(self.damping, self.steering.radius, rtol, start)
 
-    def warm_start(self) -> Tensor | None:
-        """Where this step's CG starts."""
-        return None if self._last is None or not self._decay else self._last * self._decay
+    def _move(self, work: Linearisation, solve: Solution) -> StepReport:
+        """Judge the solution by the objective, and steer the next step by what was found."""
+        trial = Trial(
+            Point(
+                self.objective,
+                self.parameters,
+                self.coordinator,
+                work.shard,
+                work.seed,
+                work.theta,
+                work.loss,
+                work.gradient,
+            )
+        )
+        fallback = ""
+        for dampings in range(1, _DAMPINGS + 1):
+            damping = self.damping
+            if self.steering.full_step:
+                tried = trial.whole(solve.iterates[-1] if solve.iterates else Iterate(0, solve.x, 0.0), damping)
+            else:
+                tried = trial.search(_descents(solve), damping, self.settings.line_search)
+            outcome = Outcome(tried.ratio, solve.reason, tried.norm)
+            if tried.length:
+                self.steering.accept(outcome)
+                break
+            self.steering.fail(outcome)
+            if self.steering.full_step and len(solve.iterates) > 1:
+                fallback, tried = "iterate", trial.search(solve.iterates[:-1], damping)
+            if tried.length or work.solve_again is None or dampings == _DAMPINGS:
+                break
+            fallback, solve = "damping", work.solve_again(self.damping)
+        self._last = tried.x if tried.length else None
+        self._failures = 0 if tried.length else self._failures + 1
+        if self._failures >= _GRADIENT_AFTER and tried.norm > 0:
+            fallback = "gradient"
+            downhill = Iterate(0, work.gradient * (-tried.norm / work.gradient_norm), math.nan)
+            tried = trial.search([downhill], damping)
+            self._failures = 0 if tried.length else self._failures
+        report = self._report(work, Reason.STEP_ACCEPTED if tried.length else Reason.NO_DECREASE, solve)
+        return dataclasses.replace(
+            report,
+            loss_after=tried.loss,
+            step_length=tried.length,
+            damping=damping,
+            reduction_ratio=tried.ratio,
+            evaluations=trial.evaluations,
+            fallback=fallback if tried.length else "damping",
+        )
+
+    def _report(self, work: Linearisation, reason: Reason, solve: Solution | None) -> StepReport:
+        """What a step reports whose parameters have not moved."""
+        return StepReport(
+            reason,
+            work.loss,
+            work.loss,
+            work.gradient_norm,
+            0.0,
+            self.damping,
+            math.nan,
+            solve,
+            work.products,
+            0,
+            0.0,
+            non_finite=work.non_finite,
+            radius=self.steering.radius,
+        )
 
     def _facts(self) -> dict[str, str]:
         """The settings that must be the same on all ranks; the operator compares the parameters."""
-        preconditioner = self.preconditioner
-        if callable(preconditioner):
-            preconditioner = getattr(preconditioner, "__qualname__", type(preconditioner).__qualname__)
+        settings = {f.name: getattr(self.settings, f.name) for f in dataclasses.fields(self.settings)}
         return {
-            "curvature": self.curvature,
-            "preconditioner": preconditioner,
-            **{f"CG's {name}": repr(value) for name, value in self._solve_options.items()},
-            "damping": repr(self.damping),
-            "warm_start_decay": repr(self._decay),
-            "curvature_fraction": repr(self._fraction),
+            **{name: _name(value) if callable(value) else repr(value) for name, value in settings.items()},
+            **{f"the steering's {name}": repr(value) for name, value in self.steering.state_dict().items()},
             "seed": repr(self._seed),
             "step": repr(self._steps),
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a resumed run needs to go on exactly: damping, warm start and step number."""
-        first = self.parameters.tensors[0]
-        self.state[first] = {"damping": self.damping, "steps": self._steps, "last": self._last}
+        """Everything a resumed run needs to go on exactly: steering, warm start, preconditioner and step number."""
+        keeper = getattr(self._precondition, "state_dict", None)
+        self.state[self.parameters.tensors[0]] = {
+            "steering": self.steering.state_dict(),
+            "steps": self._steps,
+            "failures": self._failures,
+            "last": self._last,
+            "forcing": self._forcing,
+            "preconditioner": keeper() if keeper else None,
+        }
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -256,146 +356,62 @@ class HessianFree(torch.optim.Optimizer):
         last = state["last"]
         if last is not None and last.numel() != self.parameters.numel:
             raise UsageError(f"the state has a direction of {last.numel()} numbers, the module {self.parameters.numel}")
-        self._damping.damping, self._steps = float(state["damping"]), int(state["steps"])
+        self.steering.load_state_dict(state["steering"])
+        self._steps, self._failures = int(state["steps"]), int(state["failures"])
         self._last = None if last is None else last.clone()
+        self._forcing = None if state["forcing"] is None else tuple(state["forcing"])
+        take_up = getattr(self._precondition, "load_state_dict", None)
+        if state["preconditioner"] is not None and take_up is not None:
+            take_up(state["preconditioner"])
 
 
-class _Step:
-    """The part of a step that needs graphs: gradient, curvature and solve at one θ, on one set of samples."""
+def _steering(settings: Settings) -> Steering:
+    if settings.globalisation == "trust-region":
+        return TrustRegion(settings.radius)
+    if settings.globalisation == "nielsen":
+        return Nielsen(settings.damping, smallest=settings.damping_smallest)
+    return LevenbergMarquardt(settings.damping, factor=settings.damping_factor, smallest=settings.damping_smallest)
 
-    def __init__(self, optimizer: HessianFree, shard: Sequence[Any], seed: int) -> None:
-        self.optimizer, self.shard, self.seed = optimizer, shard, seed
-        self.objective, self.parameters = optimizer.objective, optimizer.parameters
-        self.coordinator = optimizer.coordinator
-        self.theta = self.parameters.read()
-        self.products = 0
-        self.non_finite: dict[int, NonFinite | None] = {}
 
-    def solve(self) -> Solution | None:
-        """The solve, or None at a stationary point; no graph is alive when it returns."""
-        optimizer = self.optimizer
-        full = optimizer._fraction == 1.0
-        with self._operator(self._graph() if full else GradientGraph, self.shard, move_buffers=True) as at:
-            self.loss, self.gradient, self.count = at.loss, at.gradient, at.count
-            self.gradient_norm = math.sqrt(at.space.dots((at.gradient, at.gradient))[0])
-            _average_buffers(optimizer, at)
-            if self.gradient_norm == 0:
-                return None
-            if full:
-                return self._solve_on(at)
-            chosen = _subsample(self.shard, at.rows, optimizer.comm.rank, optimizer._fraction, self.seed)
-        with self._operator(self._graph(), chosen) as curvature:
-            return self._solve_on(curvature)
-
-    def point(self) -> Point:
-        """Where the step starts, for the search."""
-        return Point(
-            self.objective,
-            self.parameters,
-            self.coordinator,
-            self.shard,
-            self.seed,
-            self.theta,
-            self.loss,
-            self.gradient,
-        )
-
-    def report(
-        self,
-        reason: Reason,
-        solve: Solution | None,
-        length: float,
-        loss_after: float,
-        ratio: float,
-        evaluations: int = 0,
-    ) -> StepReport:
-        return StepReport(
-            reason,
-            self.loss,
-            loss_after,
-            self.gradient_norm,
-            length,
-            self.optimizer.damping,
-            ratio,
-            solve,
-            self.products,
-            evaluations,
-            0.0,
-            non_finite=self.non_finite,
-        )
-
-    def _solve_on(self, operator: GlobalOperator) -> Solution:
-        optimizer = self.optimizer
-        solution = cg(
-            operator.shifted(optimizer.damping),
-            -self.gradient,
-            x0=optimizer.warm_start(),
-            preconditioner=optimizer.make_preconditioner(operator),
-            **optimizer._solve_options,
-        )
-        self.products = operator.products
-        if solution.reason is Reason.NON_FINITE:
-            self.non_finite = operator.non_finite
-        return solution
-
-    def _operator(self, build: BuildGraph, shard: Sequence[Any], *, move_buffers: bool = False) -> GlobalOperator:
-        return GlobalOperator(
-            self.objective,
-            shard,
-            build=build,
-            seed=self.seed,
-            coordinator=self.coordinator,
-            move_buffers=move_buffers,
-            debug_nonfinite=self.optimizer._debug_nonfinite,
-        )
-
-    def _graph(self) -> BuildGraph:
-        if self.optimizer.curvature == "fisher":
-            return functools.partial(FisherGraph, seed=self.seed)
-        return GaussNewtonGraph if self.optimizer.curvature == "ggn" else HessianGraph
+def _preconditioner(settings: Settings, seed: int) -> MakePreconditioner | None:
+    """What makes the preconditioner of each step; None for none."""
+    if callable(settings.preconditioner):
+        return settings.preconditioner
+    refresh = settings.preconditioner_refresh
+    makers: dict[str, Callable[[], MakePreconditioner | None]] = {
+        "none": lambda: None,
+        "jacobi": lambda: functools.partial(jacobi, seed=seed),
+        "empirical-fisher": lambda: empirical_fisher,
+        "kfac": lambda: KFAC(refresh=refresh or 2, seed=seed),
+        "nystrom": lambda: Nystrom(rank=settings.preconditioner_rank, refresh=refresh, seed=seed),
+    }
+    return makers[settings.preconditioner]()
 
 
 def _descents(solve: Solution) -> Sequence[Iterate]:
-    """The iterates to search; where the first direction already had non-positive curvature, that direction."""
-    if solve.iterations == 0 and solve.direction is not None and not solve.x.any():
+    """The iterates to search. A direction of non-positive curvature goes on from the last one, and is searched first."""
+    if solve.direction is None:
+        return solve.iterates or [Iterate(0, solve.x, 0.0)]
+    if not solve.x.any():
         return [Iterate(0, solve.direction, math.nan)]
-    return solve.iterates
+    norms = (float(torch.linalg.vector_norm(v.double())) for v in (solve.x, solve.direction))
+    size, width = norms
+    return [*solve.iterates, Iterate(solve.iterations, solve.x + solve.direction * (size / width), math.nan)]
 
 
-def _subsample(shard: Sequence[Any], sizes: Sequence[int], rank: int, fraction: float, seed: int) -> list[Any]:
-    """This rank's part of a sub-sample of all data, drawn alike on every rank from the samples' global order."""
-    total = sum(sizes)
-    generator = np.random.default_rng(seed)
-    chosen = np.sort(generator.choice(total, max(1, round(fraction * total)), replace=False))
-    first = sum(sizes[:rank])
-    picked = []
-    for batch in shard:
-        size = rows(batch)
-        inside = chosen[(chosen >= first) & (chosen < first + size)] - first
-        if len(inside):
-            picked.append(select(batch, torch.from_numpy(inside)))
-        first += size
-    return picked
+def _name(preconditioner: Any) -> str:
+    if callable(preconditioner):
+        return getattr(preconditioner, "__qualname__", type(preconditioner).__qualname__)
+    return str(preconditioner)
 
 
-def _average_buffers(optimizer: HessianFree, at: GlobalOperator) -> None:
-    """Give all ranks the sample-weighted mean of the running statistics that this step's forward pass has moved."""
-    comm = optimizer.comm
-    buffers = moving_buffers(optimizer.objective.module)
-    if comm.size == 1 or not buffers:
-        return
-    weight = at.rows[comm.rank] / sum(at.rows)
-    flat = torch.cat([b.detach().double().reshape(-1) * weight for b in buffers])
-    comm.all_reduce(flat)
-    for buffer, mean in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
-        buffer.data.copy_(mean.view_as(buffer).round() if not buffer.is_floating_point() else mean.view_as(buffer))
+def _in_words(settings: Settings) -> str:
+    parts = [f"{settings.curvature} matrix", f"solver {settings.solver}"]
+    if settings.solver not in ("auto", "direct"):
+        parts.append(f"preconditioner {_name(settings.preconditioner)}")
+    return ", ".join([*parts, settings.globalisation.replace("-", " ")])
 
 
 def _restore(buffers: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     for buffer, value in zip(buffers, values, strict=True):
         buffer.data.copy_(value)
-
-
-def _check_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise UsageError(f"{name} {value!r} is unknown; choose from {', '.join(choices)}")

@@ -31,6 +31,9 @@ class StepReport:
         seconds_waiting: Of these, spent in all-reduces; the rest is this rank's own work.
         non_finite: The ranks whose products held NaN or infinity, if the solve ended NON_FINITE; each with the sample
             where ``debug_nonfinite`` has looked for one.
+        fallback: Empty for a step that went as solved; else what rescued it: ``"iterate"``, an earlier iterate of the solve;
+            ``"damping"``, more of it, at once or in the next step; ``"gradient"``, its direction.
+        radius: Of the trust region in this step's solve, or None.
     """
 
     reason: Reason
@@ -46,3 +49,5 @@ class StepReport:
     seconds: float
     seconds_waiting: float = 0.0
     non_finite: Mapping[int, NonFinite | None] = dataclasses.field(default_factory=dict)
+    fallback: str = ""
+    radius: float | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from dhf.errors import CommunicationError
@@ -35,8 +36,12 @@ class Ending:
         seconds: Of training, in this run.
         seconds_before: Of training before a resume.
         products: Curvature products of this run.
+        product_steps: The steps that took them.
+        product_seconds: The time of those steps.
+        factorised: Whether matrices were formed and factorised.
         ranks: How many took part.
         pace: The slowest rank in words, or nothing.
+        fallbacks: How many steps needed more damping, and how many the gradient.
     """
 
     reason: Reason
@@ -51,8 +56,12 @@ class Ending:
     seconds: float
     seconds_before: float
     products: int
+    product_steps: int
+    product_seconds: float
+    factorised: bool
     ranks: int
     pace: str
+    fallbacks: Mapping[str, int]
 
 
 def write_result(ending: Ending, directory: RunDirectory, monitor: Monitor) -> None:
@@ -70,6 +79,7 @@ def write_result(ending: Ending, directory: RunDirectory, monitor: Monitor) -> N
         "wall_time": ending.seconds_before + ending.seconds,
         "world_size": ending.ranks,
         "products": ending.products,
+        "fallbacks": dict(ending.fallbacks),
         "failed_rank": ending.failed_rank,
         "error": None if ending.failure is None else in_words(ending.failure),
     }
@@ -86,16 +96,27 @@ def sum_up(ending: Ending, directory: RunDirectory, monitor: Monitor, problem: P
     """Draw the pictures, and say in five lines how it went."""
     pictures = _draw(directory, monitor, problem) if ending.new_steps else []
     steps, seconds = max(ending.new_steps, 1), ending.seconds
+    failed = ", ".join(f"{count} by {name}" for name, count in sorted(ending.fallbacks.items()))
     target = "" if ending.target_loss is None else f" (target {ending.target_loss:g})"
     for line in (
         f"ended    {ending.reason.words}: {ending.reason.advice}",
         f"loss     {ending.first_loss:.6g} -> {ending.loss:.6g} in {ending.new_steps} steps{target}",
+        *([f"rescued  steps that failed at first: {failed}"] if failed else []),
         f"time     {seconds:.1f} s of training, {seconds / steps:.2f} s a step{ending.pace}",
-        f"products {ending.products:,}, {ending.products / steps:.0f} on each step's graphs (built once), "
-        f"{ending.products / max(seconds, 1e-9):.0f} a second on {ending.ranks} rank(s)",
+        _products(ending),
         f"written  {directory.path}" + "".join(f"\n         {path}" for path in pictures),
     ):
         monitor.say(line)
+
+
+def _products(ending: Ending) -> str:
+    if not ending.products:
+        return f"products none{': the matrix of each step was formed and factorised' if ending.factorised else ''}"
+    steps, seconds = max(ending.product_steps, 1), max(ending.product_seconds, 1e-9)
+    return (
+        f"products {ending.products:,}, {ending.products / steps:.0f} on each step's graphs (built once), "
+        f"{ending.products / seconds:.0f} a second on {ending.ranks} rank(s)"
+    )
 
 
 def _draw(directory: RunDirectory, monitor: Monitor, problem: Problem) -> list[Path]:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
-import re
 from collections.abc import Sequence
-from typing import Any, Literal, NoReturn, Optional, get_type_hints
+from typing import Any, Literal
 
 import jsonargparse
 import yaml
 
 from dhf.errors import UsageError
+from dhf.run.flags import Group, add_fields, in_words, make_parser, nearest
 from dhf.run.signals import signal_number
 
-__all__ = ["Config", "parse", "to_yaml"]
+__all__ = ["PHASE_SETTINGS", "Config", "parse", "to_yaml"]
+
+_USAGE = "python -m dhf.train [--config FILE] [--SETTING VALUE ...]"
 
 _DESCRIPTION = """\
 Train a model by distributed Hessian-free optimisation. Started by torchrun, every process is a rank; started alone, it is
@@ -24,64 +25,110 @@ one process that does the same, for debugging.
   python -m dhf.train
   torchrun --nproc_per_node=4 -m dhf.train --steps 50 --run-dir runs/first
   torchrun --nproc_per_node=4 -m dhf.train --problem my_problem.py:build --options.width 128
+  python -m dhf.train --phases '[{optimizer: adam, steps: 200, batch_size: 100}, {optimizer: hf, steps: 20}]'
 
+Built-in problems: digits-autoencoder, digits-classifier, curves-autoencoder, mnist-autoencoder (IDX files from
+--options.folder), adding-rnn, poisson-pinn, convection-pinn, logistic; --options.KEY sets what their functions take.
 A problem file is Python code, and is run.
 """
 
 _EPILOG = """\
+phases: each has steps, and may have an optimizer, time_budget (seconds; it ends when either is reached), batch_size,
+micro_batch_size, learning_rate and any setting of Hessian-free. What a phase leaves out is what is given outside the
+list. Each starts its optimizer anew where the last one has left the parameters; steps are counted through all of them.
+
 exit codes: 0 done, 2 usage, 3 diverged, 4 target not reached (with --error-if-not-converged), 5 communication or rank
 failure, 75 stopped after a checkpoint by a signal, or for the end of a SLURM job. torchrun turns all but 0 into 1;
 result.json, of a run that has started, keeps the code.
 """
 
+_STEPS = 35
 
-def _flag(default: Any, text: str) -> Any:
-    if isinstance(default, dict):
-        return dataclasses.field(default_factory=dict, metadata={"help": text})
-    return dataclasses.field(default=default, metadata={"help": text})
+_data = Group("problem and data")
+_method = Group("optimizer")
+_hf = Group("Hessian-free", "what is not given is the preset's")
+_ranks = Group("ranks")
+_run = Group("run")
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The settings of a run; the names are those of the flags, with underscores."""
+    """The settings of a run; the names are those of the flags, with underscores.
 
-    problem: str = _flag("digits-autoencoder", "digits-autoencoder, digits-classifier, or FILE.py:FUNCTION")
-    options: dict = _flag({}, "arguments of the problem's function: --options.KEY VALUE")
-    steps: int = _flag(35, "outer iterations")
-    time_budget: Optional[float] = _flag(None, "seconds of training after which the run stops with a checkpoint")  # noqa: UP045
-    target_loss: Optional[float] = _flag(None, "stop when the training loss is at or below this")  # noqa: UP045
-    optimizer: Literal["hf", "lbfgs", "adam"] = _flag("hf", "Hessian-free, or one of torch's own for comparison")
-    learning_rate: Optional[float] = _flag(None, "of adam (1e-3) and lbfgs (1)")  # noqa: UP045
-    curvature: Literal["ggn", "hessian", "fisher"] = _flag("ggn", "matrix of the quadratic model")
-    preconditioner: Literal["auto", "none", "jacobi"] = _flag("auto", "of CG; auto is none so far")
-    solver: Literal["cg"] = _flag("cg", "of the linear system of each step")
-    damping: float = _flag(1.0, "first Levenberg-Marquardt damping; it adapts")
-    cg_max_iterations: int = _flag(250, "most CG iterations per step")
-    cg_rtol: float = _flag(1e-8, "relative residual at which CG stops; its relative-progress rule usually comes first")
-    batch_size: Optional[int] = _flag(None, "samples per step over all ranks; all of them by default")  # noqa: UP045
-    micro_batch_size: Optional[int] = _flag(None, "samples differentiated at once; a rank's whole share by default")  # noqa: UP045
-    curvature_fraction: float = _flag(1.0, "share of a step's samples that curvature is taken on")
-    weight_decay: float | None = _flag(
+    None is the default that the help tells, or the preset's. ``phases`` holds mappings of PHASE_SETTINGS.
+    """
+
+    problem: str = _data("digits-autoencoder", "a built-in problem (above), or FILE.py:FUNCTION")
+    options: dict = _data({}, "arguments of the problem's function: --options.KEY VALUE")
+    batch_size: int | None = _data(None, "samples per step over all ranks; all of them by default")
+    micro_batch_size: int | None = _data(None, "samples differentiated at once; a rank's whole share by default")
+    weight_decay: float | None = _data(
         None, "coefficient of half the squared norm of the parameters; the problem's own by default"
     )
-    device: Literal["auto", "cpu", "cuda"] = _flag("auto", "where ranks compute")
-    backend: Literal["auto", "nccl", "gloo", "serial"] = _flag("auto", "how ranks talk")
-    threads: Optional[int] = _flag(None, "threads per rank; the cores shared out by default")  # noqa: UP045
-    timeout: float = _flag(300.0, "seconds to wait for a rank before giving up")
-    dtype: Literal["float32", "float64"] = _flag("float32", "of parameters and data")
-    seed: int = _flag(0, "names all random streams")
-    deterministic: bool = _flag(False, "use torch's deterministic algorithms")
-    run_dir: Optional[str] = _flag(None, "where the run is written; runs/PROBLEM-TIME by default")  # noqa: UP045
-    resume: str = _flag("off", "off; auto, from the run directory's newest checkpoint if there is one; or a PATH")
-    checkpoint_every: int = _flag(25, "steps between checkpoints; 0 for one at the end only")
-    keep_checkpoints: int = _flag(3, "how many of the newest checkpoints are kept")
-    stop_signals: str = _flag(
+    dtype: Literal["auto", "float32", "float64"] = _data("auto", "of parameters and data; auto is the problem's own")
+    seed: int = _data(0, "names all random streams")
+
+    optimizer: Literal["hf", "lbfgs", "adam"] = _method("hf", "Hessian-free, or one of torch's own for comparison")
+    steps: int | None = _method(
+        None, f"outer iterations; {_STEPS} by default, or those of all phases, which fewer cut short"
+    )
+    phases: list = _method([], "optimizers that follow one another, as a list of mappings (below)")
+    learning_rate: float | None = _method(None, "of adam, by default 1e-3, and lbfgs, 1")
+
+    preset: Literal["auto", "deep-net", "least-squares", "newton", "convex"] = _hf(
+        "auto", "by kind of problem; auto looks at the objective and the dtype"
+    )
+    curvature: Literal["ggn", "hessian", "fisher"] | None = _hf(None, "matrix of the quadratic model")
+    solver: Literal["auto", "cg", "cgls", "direct", "minres", "steihaug"] | None = _hf(
+        None, "of each step's linear system; auto takes direct where it is cheaper"
+    )
+    preconditioner: Literal["auto", "none", "jacobi", "empirical-fisher", "kfac", "nystrom"] | None = _hf(
+        None, "of the iterative solvers; auto is the preset's"
+    )
+    preconditioner_rank: int | None = _hf(None, "directions that nystrom samples")
+    preconditioner_refresh: int | None = _hf(None, "steps between renewals of kfac and nystrom")
+    globalisation: Literal["levenberg-marquardt", "nielsen", "trust-region"] | None = _hf(
+        None, "how steps are kept within the reach of the quadratic model"
+    )
+    line_search: Literal["armijo", "grid"] | None = _hf(None, "of steps that are not taken whole")
+    damping: float | None = _hf(None, "first damping; it adapts")
+    damping_factor: float | None = _hf(None, "of Levenberg-Marquardt on the damping")
+    damping_smallest: float | None = _hf(None, "least damping")
+    radius: float | None = _hf(None, "first radius of a trust region; it adapts")
+    cg_max_iterations: int | None = _hf(None, "most iterations of a solve")
+    cg_rtol: float | None = _hf(None, "relative residual at which a solve stops")
+    cg_forcing: bool | None = _hf(None, "whether forcing terms take the place of --cg-rtol")
+    warm_start_decay: float | None = _hf(None, "multiple of the last solution at which a solve starts")
+    curvature_fraction: float | None = _hf(None, "share of a step's samples that curvature is taken on")
+
+    device: Literal["auto", "cpu", "cuda"] = _ranks("auto", "where ranks compute")
+    backend: Literal["auto", "nccl", "gloo", "serial"] = _ranks("auto", "how ranks talk")
+    threads: int | None = _ranks(None, "threads per rank; the cores shared out by default")
+    timeout: float = _ranks(300.0, "seconds to wait for a rank before giving up")
+    deterministic: bool = _ranks(False, "use torch's deterministic algorithms")
+
+    time_budget: float | None = _run(None, "seconds of training after which the run stops with a checkpoint")
+    target_loss: float | None = _run(None, "stop when the training loss is at or below this")
+    error_if_not_converged: bool = _run(False, "exit with 4 if the target loss was not reached")
+    run_dir: str | None = _run(None, "where the run is written; runs/PROBLEM-TIME by default")
+    overwrite: bool = _run(False, "replace the run that the run directory holds")
+    resume: str = _run("off", "off; auto, from the run directory's newest checkpoint if there is one; or a PATH")
+    checkpoint_every: int = _run(25, "steps between checkpoints; 0 for one at the end only")
+    keep_checkpoints: int = _run(3, "how many of the newest checkpoints are kept")
+    stop_signals: str = _run(
         "SIGTERM,SIGINT,SIGUSR2", "signals on which the run saves and stops; a second one ends it at once"
     )
-    debug_nonfinite: bool = _flag(False, "search for the sample where a loss, gradient or product is not finite")
-    overwrite: bool = _flag(False, "replace the run that the run directory holds")
-    dry_run: bool = _flag(False, "print sizes, memory and shards, and stop")
-    error_if_not_converged: bool = _flag(False, "exit with 4 if the target loss was not reached")
+    debug_nonfinite: bool = _run(False, "search for the sample where a loss, gradient or product is not finite")
+    dry_run: bool = _run(False, "print sizes, memory and shards, and stop")
+
+
+_NAMES = tuple(field.name for field in dataclasses.fields(Config))
+PHASE_SETTINGS = (
+    *(f.name for f in dataclasses.fields(Config) if f.metadata["group"] in (_method, _hf) and f.name != "phases"),
+    "time_budget",
+    "batch_size",
+    "micro_batch_size",
+)
 
 
 def parse(argv: Sequence[str] | None = None) -> Config:
@@ -91,15 +138,15 @@ def parse(argv: Sequence[str] | None = None) -> Config:
         UsageError: If a key or value is unknown or out of range.
         SystemExit: After ``--help`` and ``--print-config``.
     """
-    parser = _parser()
-    try:
-        found = parser.parse_args(argv).as_dict()
-    except (jsonargparse.ArgumentError, argparse_error()) as error:
-        _refuse(str(error))
+    found = in_words(lambda: _parser().parse_args(argv), _NAMES).as_dict()
     found.pop("config", None)
     found["options"] = {key: _value(text) for key, text in found["options"].items()}
+    found["phases"] = [_phase(number, given) for number, given in enumerate(found["phases"] or [], 1)]
+    if found["steps"] is None and not found["phases"]:
+        found["steps"] = _STEPS
     config = Config(**found)
     _check(config)
+    _check_phases(config)
     return config
 
 
@@ -108,76 +155,40 @@ def to_yaml(config: Config) -> str:
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
 
 
-def argparse_error() -> type[Exception]:
-    """The error argparse itself raises."""
-    import argparse
-
-    return argparse.ArgumentError
-
-
 def _parser() -> jsonargparse.ArgumentParser:
-    parser = jsonargparse.ArgumentParser(
+    parser = make_parser(
         prog="python -m dhf.train",
+        usage=_USAGE,
         description=_DESCRIPTION,
         epilog=_EPILOG,
         print_config="--print-%s",
-        exit_on_error=False,
-        formatter_class=_formatter(),
     )
-    parser.add_argument("--config", action="config", help="YAML file with any of the settings below, under these names")
-    hints = get_type_hints(Config)
-    for field in dataclasses.fields(Config):
-        flag = "--" + field.name.replace("_", "-")
-        text = field.metadata["help"]
-        if field.type in ("bool", bool):
-            parser.add_argument(flag, action="store_true", help=text)
-        else:
-            default = {} if field.name == "options" else field.default
-            parser.add_argument(flag, type=hints[field.name], default=default, help=text)
+    parser.add_argument(
+        "--config", action="config", metavar="FILE", help="YAML file with any of the settings below, under these names"
+    )
+    add_fields(parser, Config)
     return parser
 
 
-def _formatter() -> type:
-    from jsonargparse import DefaultHelpFormatter
-
-    class Formatter(DefaultHelpFormatter):
-        """Keeps the line breaks of description and epilog."""
-
-        def _fill_text(self, text: str, width: int, indent: str) -> str:
-            return text
-
-    return Formatter
-
-
-def _refuse(text: str) -> NoReturn:
-    """Say an argument parser's error in one line, with the nearest known name."""
-    text = " ".join(text.split())
-    unknown = re.search(r"unrecognized arguments?: (\S+)|Option '([^']+)' is not accepted", text, re.IGNORECASE)
-    if unknown is None:
-        raise UsageError(_plain_type_error(text))
-    name = (unknown[1] or unknown[2]).partition("=")[0]
-    known = [f.name for f in dataclasses.fields(Config)]
-    near = difflib.get_close_matches(name.lstrip("-").replace("-", "_"), known, 1)
-    hint = f"did you mean {_like(name, near[0])}?" if near else "--help lists the settings"
-    raise UsageError(f"unknown setting {name}; {hint}")
-
-
-def _plain_type_error(text: str) -> str:
-    """jsonargparse's account of a value of the wrong type, without Python's names of types."""
-    text = re.sub(r'^Parser key "(\w+)": ?', lambda m: "--" + m[1].replace("_", "-") + ": ", text)
-    flag, _, rest = text.partition(": ")
-    value = re.search(r"(?:Got|Given) value: (.*)$", rest)
-    choices = re.match(r"Expected a typing\.Literal\[([^]]*)\]", rest)
-    number = re.search(r"<class '(int|float)'>", rest)
-    if value and choices:
-        return f"{flag} {value[1]!r} is unknown; choose from {choices[1].replace(chr(39), '')}"
-    if value and number:
-        return f"{flag} must be {'an integer' if number[1] == 'int' else 'a number'}, got {value[1]!r}"
-    return text
-
-
-def _like(name: str, near: str) -> str:
-    return "--" + near.replace("_", "-") if name.startswith("-") else near
+def _phase(number: int, given: Any) -> dict[str, Any]:
+    """A phase's settings, as the flags of the same names would read them."""
+    if not isinstance(given, dict):
+        raise UsageError(f"phase {number} must be a mapping such as {{optimizer: adam, steps: 200}}, got {given!r}")
+    for key in given:
+        if key in _NAMES and key not in PHASE_SETTINGS:
+            raise UsageError(f"phase {number}: {key} holds for the whole run; give it outside the phases")
+        if key not in PHASE_SETTINGS:
+            hint = nearest(str(key), PHASE_SETTINGS) or f"a phase may have {', '.join(PHASE_SETTINGS)}"
+            raise UsageError(f"phase {number}: unknown setting {key}; {hint}")
+    if given.get("steps") is None:
+        raise UsageError(f"phase {number} has no steps; add how many it takes, for example steps: 20")
+    parser = make_parser()
+    add_fields(parser, Config, PHASE_SETTINGS)
+    try:
+        found = in_words(lambda: parser.parse_object(given), PHASE_SETTINGS)
+    except UsageError as error:
+        raise UsageError(f"phase {number}: {error}") from None
+    return {key: found[key] for key in given}
 
 
 def _value(text: Any) -> Any:
@@ -195,9 +206,25 @@ def _value(text: Any) -> Any:
         return text
 
 
+def _check_phases(config: Config) -> None:
+    for number, phase in enumerate(config.phases, 1):
+        try:
+            _check(dataclasses.replace(config, **phase))
+        except UsageError as error:
+            raise UsageError(f"phase {number}: {error}") from None
+    total = sum(phase["steps"] for phase in config.phases)
+    if config.phases and config.steps is not None and config.steps > total:
+        raise UsageError(f"--steps {config.steps} is more than the {total} steps of all phases; give the phases more")
+
+
 def _check(config: Config) -> None:
     positive = (
         "damping",
+        "damping_factor",
+        "damping_smallest",
+        "radius",
+        "preconditioner_rank",
+        "preconditioner_refresh",
         "timeout",
         "time_budget",
         "batch_size",
@@ -209,15 +236,15 @@ def _check(config: Config) -> None:
     )
     for name in positive:
         value = getattr(config, name)
-        if value is not None and not value > 0:
-            raise UsageError(f"--{name.replace('_', '-')} must be positive, got {value}")
+        if value is not None and not 0 < value < math.inf:
+            raise UsageError(f"--{name.replace('_', '-')} must be positive and finite, got {value}")
     for name in ("steps", "checkpoint_every", "weight_decay", "seed"):
         value = getattr(config, name)
         if value is not None and not value >= 0:
             raise UsageError(f"--{name.replace('_', '-')} must not be negative, got {value}")
-    if not 0 < config.curvature_fraction <= 1:
+    if config.curvature_fraction is not None and not 0 < config.curvature_fraction <= 1:
         raise UsageError(f"--curvature-fraction must be in (0, 1], got {config.curvature_fraction}")
-    if not 0 <= config.cg_rtol < 1:
+    if config.cg_rtol is not None and not 0 <= config.cg_rtol < 1:
         raise UsageError(f"--cg-rtol must be in [0, 1), got {config.cg_rtol}")
     if config.target_loss is not None and not math.isfinite(config.target_loss):
         raise UsageError(f"--target-loss must be finite, got {config.target_loss}")

@@ -1,4 +1,4 @@
-"""Pictures of a run: its loss against time and steps, its damping, and its CG iterations."""
+"""Pictures of a run: its loss against time and steps, its damping, and its CG iterations; lines where phases meet."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ def draw_run(metrics: Path, path: Path) -> Path:
     elapsed: list[float] = []
     for row in rows:
         elapsed.append((elapsed[-1] if elapsed else 0.0) + row["seconds"])
+    switches = [i for i in range(1, len(rows)) if rows[i].get("phase") != rows[i - 1].get("phase")]
     figure = Figure(figsize=(10, 6.5), layout="constrained")
     axes = figure.subplots(2, 2)
     panels = [
@@ -28,13 +29,16 @@ def draw_run(metrics: Path, path: Path) -> Path:
         (axes[1, 1], steps, "cg_iterations", "step", "CG iterations", "linear"),
     ]
     for axis, x, key, x_label, y_label, scale in panels:
-        y = [row[key] for row in rows]
+        y = [row[key] if key == "loss_after" or row.get("optimizer", "hf") == "hf" else None for row in rows]
         axis.plot(x, y, marker="." if len(rows) < 100 else None, linewidth=1.2)
         axis.set_xlabel(x_label)
         axis.set_ylabel(y_label)
-        if scale == "log" and all(v is not None and v > 0 for v in y):
+        for i in switches:
+            axis.axvline(x[i - 1], color="0.5", linewidth=0.8)
+        known = [value for value in y if value is not None]
+        if scale == "log" and known and min(known) > 0:
             axis.set_yscale("log")
-            if max(y) < 10 * min(y):  # less than a decade: label the minor ticks as plain numbers
+            if max(known) < 10 * min(known):  # less than a decade: label the minor ticks as plain numbers
                 axis.yaxis.set_minor_formatter(ScalarFormatter())
                 axis.yaxis.set_major_formatter(ScalarFormatter())
         else:
@@ -42,5 +46,10 @@ def draw_run(metrics: Path, path: Path) -> Path:
         if x_label == "step":
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(True, which="both", alpha=0.25)
+    for axis in axes[1]:
+        axis.sharex(axes[0, 1])
+    for i in [0, *switches] if switches else []:
+        at, above = elapsed[max(i - 1, 0)], axes[0, 0].get_xaxis_transform()
+        axes[0, 0].text(at, 1.01, f" {rows[i]['optimizer']}", transform=above, color="0.4", fontsize=8)
     figure.savefig(path, dpi=120)
     return path

@@ -22,7 +22,11 @@ _FREE = ("threads",)  # what ranks may differ in without harm
 def require_same_settings(coordinator: Coordinator, config: Config) -> None:
     """Raise RanksDifferError on every rank if two ranks were given different settings."""
     settings = dataclasses.asdict(config)
-    facts = {f"--{name.replace('_', '-')}": repr(value) for name, value in settings.items() if name not in _FREE}
+    facts = {
+        f"--{name.replace('_', '-')}": "not given" if value is None else repr(value)
+        for name, value in settings.items()
+        if name not in _FREE
+    }
     coordinator.require_same(facts)
 
 

@@ -20,23 +20,9 @@ from dhf.run.checkpoint import Found, decode, find, forget_after, load_module, s
 from dhf.run.config import Config
 from dhf.run.directory import RunDirectory
 from dhf.run.random_state import capture_random_state, restore_random_state
+from dhf.run.schedule import Progress
 
-__all__ = ["Progress", "Saver"]
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Progress:
-    """How far a run has come.
-
-    Attributes:
-        step: Steps done; with the seed this is also the place in the data.
-        failed_steps: Steps without decrease since the last one that had some.
-        wall_time: Seconds of training, those before a resume included.
-    """
-
-    step: int = 0
-    failed_steps: int = 0
-    wall_time: float = 0.0
+__all__ = ["Saver"]
 
 
 class Saver:
@@ -67,16 +53,17 @@ class Saver:
         content = self._share(found[1] if found else None)
         return path, self._coordinator.attempt(lambda: decode(content))
 
-    def restore(self, parts: Parts, path: Path, state: dict[str, Any]) -> Progress:
+    def restore(self, parts: Parts, path: Path, state: dict[str, Any]) -> None:
         """Put a checkpoint's state into the parts of this rank.
 
         Raises:
             UsageError: If it is of another model or optimizer.
         """
-        config = self._config
-        if state["optimizer_name"] != config.optimizer:
+        phase = parts.phase
+        if state["optimizer_name"] != phase.config.optimizer:
             raise UsageError(
-                f"checkpoint {path} was written with --optimizer {state['optimizer_name']}, not {config.optimizer}"
+                f"{phase.prefix}checkpoint {path} was written with --optimizer {state['optimizer_name']}, "
+                f"not {phase.config.optimizer}"
             )
         load_module(parts.problem.objective.module, state["module"], path)
         parts.optimizer.load_state_dict(state["optimizer"])
@@ -86,7 +73,6 @@ class Saver:
         self._note_changed_settings(state["config"])
         if path.resolve().parent == self._directory.checkpoints.resolve():
             self.last_step = state["progress"]["step"]
-        return Progress(**state["progress"])
 
     def go_on_from(self, step: int) -> list[str]:
         """Remove the checkpoints of this directory past the step the run goes on from; their names. Rank 0 calls it."""
@@ -115,7 +101,7 @@ class Saver:
         state = {
             "module": parts.problem.objective.module.state_dict(),
             "optimizer": parts.optimizer.state_dict(),
-            "optimizer_name": self._config.optimizer,
+            "optimizer_name": parts.phase.config.optimizer,
             "progress": dataclasses.asdict(progress),
             "config": dataclasses.asdict(self._config),
             "random": random,
@@ -168,7 +154,7 @@ class Saver:
     def _note_changed_settings(self, before: dict[str, Any]) -> None:
         now = dataclasses.asdict(self._config)
         changed = [
-            f"--{name.replace('_', '-')} {before[name]} -> {now[name]}"
+            f"--{name.replace('_', '-')} {_shown(before[name])} -> {_shown(now[name])}"
             for name in now
             if name in before and name not in _EXPECTED_TO_CHANGE and before[name] != now[name]
         ]
@@ -177,6 +163,10 @@ class Saver:
 
 
 _EXPECTED_TO_CHANGE = ("resume", "run_dir", "overwrite", "dry_run", "steps", "time_budget", "threads", "timeout")
+
+
+def _shown(value: Any) -> str:
+    return "(not given)" if value in (None, []) else str(value)
 
 
 def _inside(path: Path, folder: Path) -> bool:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
-import os
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -14,28 +14,28 @@ from dhf.comm import Communicator
 from dhf.coordinator import Coordinator, capture
 from dhf.curvature import NonFinite, places_in_words
 from dhf.errors import CommunicationError, NonFiniteError, UsageError
-from dhf.evaluation import evaluate, micro_batch_seeds
 from dhf.operator import loss_and_gradient
 from dhf.optim import StepReport
 from dhf.parameters import Parameters
 from dhf.reason import Reason
-from dhf.run.assembly import Parts, assemble, graph_builder
+from dhf.run.assembly import Parts, assemble, for_phase
 from dhf.run.closing import Ending, sum_up, write_result
 from dhf.run.config import Config, to_yaml
 from dhf.run.directory import RunDirectory, default_directory
-from dhf.run.dry_run import measure
+from dhf.run.dry_run import in_lines, measure
+from dhf.run.metrics import extra_metrics, step_row
 from dhf.run.monitor import Monitor
 from dhf.run.outcome import EXIT_DONE, EXIT_RANKS, SHARED, exit_code, explain, reason_of, speaker
 from dhf.run.pace import Pace
 from dhf.run.preflight import require_same_problem, require_same_settings
-from dhf.run.saver import Progress, Saver
+from dhf.run.saver import Saver
+from dhf.run.schedule import Progress, Schedule
 from dhf.run.signals import StopSignals
 
 __all__ = ["Trainer"]
 
 _FAILED_STEPS = 20
 _LEAVING = 60.0  # seconds that the ranks wait for the one that writes and draws
-_JOB_END_MARGIN = 60.0  # seconds before the end of a SLURM job at which a run stops
 
 
 class Trainer:
@@ -47,10 +47,14 @@ class Trainer:
         self.config, self.comm, self.stop = config, comm, stop
         self.leads = comm.rank == 0
         self.coordinator = Coordinator(comm, interrupted=stop)
+        self.schedule = Schedule(config, self.coordinator)
         self.monitor = Monitor(self.leads, f"{config.problem} on {comm.size} rank(s)")
         self.pace = Pace(self.coordinator)
-        self.claimed = self.job_ends = self._save_is_due = False
-        self.first_step = self.step = self.failed_steps = self.products = 0
+        self._notes_said = 0
+        self.fallbacks: collections.Counter[str] = collections.Counter()
+        self.claimed = self.factorised = self._save_is_due = False
+        self.first_step = self.step = self.failed_steps = self.products = self.product_steps = 0
+        self.product_seconds = 0.0
         self.loss = self.first_loss = float("nan")
         self.wall_before = 0.0
         self.began = time.monotonic()
@@ -83,11 +87,15 @@ class Trainer:
         self.saver = Saver(config, self.directory, self.comm, self.coordinator)
         self._say_hello()
         checkpoint = self.saver.choose()
-        self.parts = self.coordinator.attempt(lambda: assemble(config, self.comm, self.coordinator))
+        if checkpoint is not None:
+            self._take_up(Progress(**checkpoint[1]["progress"]))
+        self.parts = self.coordinator.attempt(
+            lambda: assemble(self.schedule.phase, self.schedule.later(), self.comm, self.coordinator)
+        )
         self.objective = self.parts.problem.objective
         require_same_problem(self.coordinator, self.objective, self.parts.train, self.parts.validation)
         if checkpoint is not None:
-            self._take_up(self.coordinator.attempt(lambda: self.saver.restore(self.parts, *checkpoint)))
+            self.coordinator.attempt(lambda: self.saver.restore(self.parts, *checkpoint))
         self._say_where_it_starts(checkpoint)
         self._warn_of_empty_shards()
         batches = self.coordinator.attempt(lambda: self.parts.train.batches(self.step))
@@ -102,12 +110,15 @@ class Trainer:
     def train(self) -> Reason:
         """Take steps until there is a reason to stop."""
         self.began = time.monotonic()
-        self._set_deadline()
+        self.schedule.start()
         self.monitor.say(f"start: loss {self.first_loss:.6g}, {self._sizes()}")
+        self._say_phase()
         self.monitor.start()
         try:
             reason = self._ended()
             while reason is None:
+                if self.schedule.is_over(self.step):
+                    self._next_phase()
                 reason = self._one_step()
         finally:
             self.monitor.stop()
@@ -118,34 +129,48 @@ class Trainer:
         return reason
 
     def dry_run(self) -> int:
-        """Say what a run would need."""
-        build, config = graph_builder(self.config), self.config
-        needs = self.coordinator.attempt(
-            lambda: measure(self.objective, self.parts.train.batches(self.step), build, config.cg_max_iterations)
-        )
-        everyone = self.comm.gather_objects(needs)
-        largest = max(everyone, key=lambda n: n.graph_bytes)
-        lines = [
-            f"parameters          {needs.parameters:,} ({config.dtype})",
-            f"samples per step    {self.parts.train.batch_size:,} of {self.parts.train.samples:,}",
-            f"shards per rank     {', '.join(f'{n.samples:g}' for n in everyone)}",
-            f"micro-batches       {', '.join(str(n.micro_batches) for n in everyone)}",
-            f"products per step   at most {config.cg_max_iterations + 2} (CG, start and true residual), one collective each",
-            f"retained graphs     {largest.graph_bytes / 2**20:,.1f} MiB on the fullest rank",
-            f"vectors             {needs.vector_bytes / 2**20:,.1f} MiB on every rank",
-        ]
-        for line in lines:
-            self.monitor.say(line)
+        """Say what a run would need, in each of its phases."""
+        self._say_phase()
+        self._say_needs()
+        while self.schedule.later():
+            self._next_phase()
+            self._say_needs()
         return EXIT_DONE
+
+    def _say_needs(self) -> None:
+        train = self.parts.train
+        needs = self.coordinator.attempt(
+            lambda: measure(self.objective, train.batches(self.step), self.parts.optimizer)
+        )
+        for line in in_lines(self.comm.gather_objects(needs), train, self._dtype()):
+            self.monitor.say(line)
+
+    def _next_phase(self) -> None:
+        """Go on with the next phase: its batches, and its optimizer from the start."""
+        before, steps = self.schedule.phase, self.step - self.schedule.first_step
+        early = f" ({before.prefix}out of time after {steps} steps)" if self.schedule.out_of_time else ""
+        self.schedule.leave()
+        following = self.schedule.later()[0]
+        self.parts = self.coordinator.attempt(
+            lambda: for_phase(self.parts.problem, following, self.comm, self.coordinator)
+        )
+        self.schedule.enter(following, self.step)
+        self.failed_steps = self._notes_said = 0
+        self._say_phase(early)
+        self._warn_of_empty_shards()
 
     def _one_step(self) -> Reason | None:
         batches = self.coordinator.attempt(lambda: self.parts.train.batches(self.step))
         report = self.parts.optimizer.step(batches)
         if report.reason in (Reason.INTERRUPTED, Reason.TIME_LIMIT):
-            return report.reason  # the step was not taken
+            return self._ended()  # the step was not taken
         self.step += 1
         self.loss = report.loss_after
-        self.products += report.products
+        if report.products:
+            self.products += report.products
+            self.product_steps += 1
+            self.product_seconds += report.seconds
+        self.factorised |= report.solve is not None and not report.products
         self.failed_steps = self.failed_steps + 1 if report.reason is Reason.NO_DECREASE else 0
         self._record(report)
         every = self.config.checkpoint_every
@@ -159,48 +184,30 @@ class Trainer:
         return self._ended()
 
     def _ended(self) -> Reason | None:
+        stopping = self.schedule.stopping()
         target = self.config.target_loss
         if self.step > self.first_step and target is not None and self.loss <= target:
             return Reason.TARGET_REACHED
-        if self.step >= self.config.steps:
-            return Reason.STEPS_DONE
-        return Reason.NO_DECREASE if self.failed_steps >= _FAILED_STEPS else self.coordinator.stopping
+        ended = self.schedule.ended(self.step)
+        if ended is not None:
+            return ended
+        return Reason.NO_DECREASE if self.failed_steps >= _FAILED_STEPS else stopping
 
     def _record(self, report: StepReport) -> None:
-        row = self._row(report)
+        self._say_what_was_chosen()
+        if report.fallback:
+            self.fallbacks[report.fallback] += 1
+        row = {**step_row(self.step, self.parts.phase, report), **self.pace.note(report)}
         if report.non_finite:
             ranks = places_in_words(report.non_finite)
             found = self._found_in_the_data(report.non_finite, self.step - 1)
             self.monitor.say(f"warning: step {self.step}: a product is not finite, from {ranks}{found}")
         try:
-            extra = self._extra_metrics(row)
+            extra = extra_metrics(self.parts, self.coordinator, row)
         except Exception:
             self._write(row, {})  # the step was taken, whatever its metrics
             raise
         self._write(row, extra)
-
-    def _row(self, report: StepReport) -> dict[str, Any]:
-        """A step's line of the metrics; the problem's own numbers come after these."""
-        solve = report.solve
-        return {
-            "step": self.step,
-            "loss": report.loss,
-            "loss_after": report.loss_after,
-            "gradient_norm": report.gradient_norm,
-            "step_length": report.step_length,
-            "damping": report.damping,
-            "reduction_ratio": report.reduction_ratio,
-            "products": report.products,
-            "evaluations": report.evaluations,
-            "seconds": report.seconds,
-            "reason": report.reason.name,
-            "cg_iterations": solve.iterations if solve else 0,
-            "cg_reason": solve.reason.name if solve else None,
-            "cg_residual_norm": solve.residual_norm if solve else None,
-            "cg_true_residual_norm": solve.true_residual_norm if solve else None,
-            "non_finite_ranks": list(report.non_finite),
-            **self.pace.note(report),
-        }
 
     def _write(self, row: dict[str, Any], extra: dict[str, float]) -> None:
         if not self.leads:
@@ -210,32 +217,6 @@ class Trainer:
         except OSError as error:
             self.monitor.say(f"warning: metrics are kept in memory, since they cannot be written: {error}")
         self.monitor.step(row, extra)
-
-    def _extra_metrics(self, row: dict[str, Any]) -> dict[str, float]:
-        """The problem's own numbers, taken on rank 0, and the loss on held-out data, over all ranks."""
-        metrics = self.parts.problem.metrics
-
-        def take() -> dict[str, float]:
-            taken = {} if metrics is None or not self.leads else metrics(self.objective.module)
-            for name in taken:
-                if name in row or name == "validation_loss":
-                    raise UsageError(f"the problem's metric {name!r} has the name of one of dhf's own; rename it")
-            return {name: float(value) for name, value in taken.items()}
-
-        extra = self.coordinator.attempt(take) if metrics is not None else {}
-        if self.parts.validation is not None:
-            held_out = self.parts.validation
-            sums = self.coordinator.attempt(
-                lambda: evaluate(
-                    self.objective,
-                    self.comm.device,
-                    held_out.batches(0),
-                    micro_batch_seeds(0, self.comm.rank, len(held_out.batches(0))),
-                )
-            )
-            total, count = self.coordinator.reduce(sums)
-            extra["validation_loss"] = total / count
-        return extra
 
     def _found_in_the_data(self, places: Mapping[int, NonFinite | None], step: int) -> str:
         """The samples from which NaN or infinity came, by their index in the data; or how to have them looked for."""
@@ -261,6 +242,7 @@ class Trainer:
     def _take_up(self, progress: Progress) -> None:
         self.step = self.first_step = progress.step
         self.failed_steps, self.wall_before = progress.failed_steps, progress.wall_time
+        self.schedule.take_up(progress)
 
     def _claim(self, *, resumed: bool) -> None:
         if not self.leads:
@@ -276,7 +258,14 @@ class Trainer:
             self.monitor.say(f"removed the checkpoints of the course that is left: {', '.join(removed)}")
 
     def _progress(self) -> Progress:
-        return Progress(self.step, self.failed_steps, self.wall_before + time.monotonic() - self.began)
+        return Progress(
+            self.step,
+            self.failed_steps,
+            self.wall_before + time.monotonic() - self.began,
+            self.schedule.phase.number,
+            self.schedule.first_step,
+            self.schedule.seconds(),
+        )
 
     def _save_on_the_way(self) -> None:
         trouble = self.saver.save(self.parts, self._progress())
@@ -287,16 +276,6 @@ class Trainer:
             self.monitor.say(
                 f"warning: the checkpoint of step {self.step} was not written ({kept}), and is tried again: {trouble}"
             )
-
-    def _set_deadline(self) -> None:
-        """The time budget's end or the SLURM job's, whichever comes first."""
-        budget, job_end = self.config.time_budget, os.environ.get("SLURM_JOB_END_TIME", "")
-        deadlines = [] if budget is None else [(self.began + budget, False)]
-        if job_end.isdigit():
-            left = int(job_end) - time.time() - _JOB_END_MARGIN
-            deadlines.append((self.began + left, True))
-        if deadlines:
-            self.coordinator.deadline, self.job_ends = min(deadlines)
 
     def _end(self, reason: Reason, failure: Exception | None) -> int:
         """Save what can be saved, write the result, and say how it went; the exit code."""
@@ -309,7 +288,7 @@ class Trainer:
         code = exit_code(
             reason,
             target_missed=self.config.error_if_not_converged and reason is not Reason.TARGET_REACHED,
-            job_ends=self.job_ends,
+            job_ends=self.schedule.job_ends,
         )
         ending = self._ending(reason, code, failure)
         if speaks and self.claimed:
@@ -341,8 +320,12 @@ class Trainer:
             time.monotonic() - self.began,
             self.wall_before,
             self.products,
+            self.product_steps,
+            self.product_seconds,
+            self.factorised,
             self.comm.size,
             self.pace.words(),
+            dict(self.fallbacks),
         )
 
     def _failed_rank(self, failure: Exception | None) -> int | None:
@@ -365,8 +348,23 @@ class Trainer:
     def _say_hello(self) -> None:
         self.monitor.say(
             f"dhf: {self.config.problem}, {self.comm.size} rank(s) over {self.comm.backend} on {self.comm.device.type}, "
-            f"{torch.get_num_threads()} thread(s) each, {self.config.dtype}, torch {torch.__version__}"
+            f"{torch.get_num_threads()} thread(s) each, torch {torch.__version__}"
         )
+
+    def _say_phase(self, early: str = "") -> None:
+        if self.schedule.phase.of:
+            self.monitor.say(f"{self.schedule.words()}, batch {self.parts.train.batch_size:,}{early}")
+        self._say_what_was_chosen()
+
+    def _say_what_was_chosen(self) -> None:
+        """The optimizer's choices as they become known."""
+        notes = getattr(self.parts.optimizer, "notes", [])
+        for note in notes[self._notes_said :]:
+            self.monitor.say(note)
+        self._notes_said = len(notes)
+
+    def _dtype(self) -> str:
+        return str(Parameters(self.objective.module).dtype).removeprefix("torch.")
 
     def _say_where_it_starts(self, checkpoint: tuple[Any, dict[str, Any]] | None) -> None:
         for note in self.saver.notes:
@@ -391,4 +389,5 @@ class Trainer:
 
     def _sizes(self) -> str:
         n, train = Parameters(self.objective.module).numel, self.parts.train
-        return f"{n:,} parameters, {train.batch_size:,} samples a step ({', '.join(map(str, train.sizes()))} per rank)"
+        sizes = ", ".join(map(str, train.sizes()))
+        return f"{n:,} parameters in {self._dtype()}, {train.batch_size:,} samples a step ({sizes} per rank)"

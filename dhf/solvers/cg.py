@@ -5,7 +5,8 @@ What differs from the textbook:
 - every stop is agreed, and ends with the true residual (see krylov.py);
 - inner products are accumulated in float64 whatever the vectors' dtype;
 - the quadratic model is carried by its recurrence, -½ α rᵀz per iteration, for Martens' stopping rule;
-- iterates are kept at geometric spacing for backtracking, O(log k) vectors.
+- iterates are kept at geometric spacing for backtracking, O(log k) vectors;
+- an operator that is grossly not symmetric is found out by its first products (see symmetry.py).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from dhf.reason import Reason
 from dhf.solvers.krylov import StoppingRule, check_preconditioner, run, zero_solution
 from dhf.solvers.linear_operator import AgreeingOperator, Agreement, as_operator, check_system
 from dhf.solvers.solution import Iteration, Solution
+from dhf.solvers.symmetry import SymmetryCheck
 
 __all__ = ["ConjugateGradients", "cg"]
 
@@ -56,6 +58,7 @@ def cg(
     Returns:
         A Solution; its reason says why the solve ended. Never raises on non-convergence. If the recursive residual
         met the tolerance but the true one misses it by more than a factor of 2, the reason is ACCURACY_LOST.
+        If the first products show a gross asymmetry, it is NOT_SYMMETRIC (float32 without a preconditioner, or float64).
 
     Raises:
         ValueError: If shapes, dtypes or devices differ, or a tolerance is out of range.
@@ -75,10 +78,11 @@ def cg(
     check_preconditioner(preconditioner)
     A = as_operator(operator)
     b_norm = math.sqrt(A.space.dots((b, b))[0])
-    stop = StoppingRule.of(b_norm, b.numel(), rtol, atol, max_iterations, progress_tolerance)
+    stop = StoppingRule.of(b_norm, b.numel(), rtol, atol, max_iterations, progress_tolerance, b.dtype)
     if b_norm == 0:
         return zero_solution(b)
-    recursion = ConjugateGradients(A, b, x0, preconditioner or (lambda r: r))
+    symmetry = SymmetryCheck(b.dtype, preconditioned=preconditioner is not None)
+    recursion = ConjugateGradients(A, b, x0, preconditioner or (lambda r: r), symmetry)
     return run(A, recursion, stop, x0=x0, snapshot_ratio=snapshot_ratio, callback=callback)
 
 
@@ -86,13 +90,20 @@ class ConjugateGradients:
     """The vectors and scalars of the recursion."""
 
     def __init__(
-        self, A: AgreeingOperator, b: Tensor, x0: Tensor | None, precondition: Callable[[Tensor], Tensor]
+        self,
+        A: AgreeingOperator,
+        b: Tensor,
+        x0: Tensor | None,
+        precondition: Callable[[Tensor], Tensor],
+        symmetry: SymmetryCheck | None = None,
     ) -> None:
         self.A, self.b, self.precondition = A, b, precondition
+        self._symmetry = symmetry
         self.x = torch.zeros_like(b) if x0 is None else x0.clone()
         self.history: list[Iteration] = []
         self.k, self.model = 0, 0.0
         self._epsilon = 10 * torch.finfo(b.dtype).eps
+        self._z: Tensor | None = None
         self._before: tuple[Tensor, Tensor] | None = None  # x and p ahead of a step that may have to be refused
 
     def start(self, first: tuple[Tensor, Agreement] | None) -> Reason | None:
@@ -107,7 +118,7 @@ class ConjugateGradients:
                 self.model = -0.5 * sum(self.A.space.dots((self.r, self.x), (self.b, self.x)))
         z = self.precondition(self.r)
         rr, self.rho = self.A.space.dots((self.r, self.r), (self.r, z))
-        self.p = z.clone()
+        self.p, self._z = z.clone(), z  # z of the coming product is kept while that is to be checked
         self.residual_norm, self.curvature = math.sqrt(rr), math.nan
         self.history.append(Iteration(0, self.residual_norm, self.model, self.curvature))
         return stopped or self._preconditioner_trouble()
@@ -123,7 +134,26 @@ class ConjugateGradients:
     def advance(self, Ap: Tensor) -> Reason | None:
         """One iteration from the product A p; a Reason if this step must not be taken or the next cannot be."""
         pAp, pp, ApAp = self.A.space.dots((self.p, Ap), (self.p, self.p), (Ap, Ap))
-        return self.step(Ap, pAp, pp, self._epsilon * math.sqrt(pp * ApAp))
+        return self.checked_step(Ap, pAp, pp, ApAp, self.least_curvature(pp, ApAp))
+
+    def checked_step(self, Ap: Tensor, pAp: float, pp: float, ApAp: float, threshold: float) -> Reason | None:
+        """As :meth:`step`; the first few find out whether A is symmetric."""
+        if self._symmetry is None or self._z is None:
+            return self.step(Ap, pAp, pp, threshold)
+        # u = βp', p' the direction before: p = z + u, so that uᵀAp = pᵀAp - zᵀAp
+        (zAp,) = self.A.space.dots((self._z, Ap))
+        violated = self._symmetry.violated(pAp - zAp, math.sqrt(pp), math.sqrt(ApAp))
+        rho = self.rho
+        reason = self.step(Ap, pAp, pp, threshold)
+        if self._z is not None:
+            beta = self.rho / rho if rho else 0.0
+            (zAp,) = self.A.space.dots((self._z, Ap))
+            self._symmetry.expect(beta * (zAp + beta * pAp), beta * math.sqrt(pp))
+        return reason or (Reason.NOT_SYMMETRIC if violated else None)
+
+    def least_curvature(self, pp: float, ApAp: float) -> float:
+        """The least pᵀAp that counts as positive, ``10 ε ‖p‖ ‖A p‖``."""
+        return self._epsilon * math.sqrt(pp * ApAp)
 
     def step(self, Ap: Tensor, pAp: float, pp: float, threshold: float) -> Reason | None:
         """The iteration, given the curvature along p and the least that counts as positive."""
@@ -133,6 +163,7 @@ class ConjugateGradients:
         self.x.add_(self.p, alpha=alpha)
         self.r.sub_(Ap, alpha=alpha)
         z = self.precondition(self.r)
+        self._z = z if self._symmetry is not None and self._symmetry.wanted else None
         rr, rho = self.A.space.dots((self.r, self.r), (self.r, z))
         torch.add(z, self.p, alpha=rho / self.rho if self.rho else 0.0, out=self.p)
         self.k += 1

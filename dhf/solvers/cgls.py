@@ -5,7 +5,7 @@
 What differs from conjugate gradients on that system: the curvature along p is ‖J p‖² + damping ‖p‖², a sum of squares that
 cannot round below zero, and the residual Jᵀ(b - J x) is taken from rows. What differs from the textbook: between two
 replacements that residual is carried by its recurrence, so that an iteration needs one collective, in which ‖J p‖² rides along;
-it is taken anew from rows each time it has fallen a hundredfold, and at the end.
+it is taken anew from rows each time it has fallen a hundredfold, as agreed by all, and at the end.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from dhf.errors import UsageError
@@ -98,7 +99,7 @@ def cgls(
             f"x0 must be {rhs.dtype} of shape {tuple(rhs.shape)} on {rhs.device}, got {x0.dtype} {tuple(x0.shape)}"
         )
     norm = math.sqrt(A.space.dots((rhs, rhs))[0])
-    stop = StoppingRule.of(norm, rhs.numel(), rtol, atol, max_iterations, progress_tolerance)
+    stop = StoppingRule.of(norm, rhs.numel(), rtol, atol, max_iterations, progress_tolerance, rhs.dtype)
     if norm == 0:
         return zero_solution(rhs)
     recursion = _LeastSquares(A, rhs, damping, x0, preconditioner or (lambda r: r))
@@ -135,21 +136,21 @@ class _LeastSquares:
         return reason
 
     def ask(self, reason: Reason | None, failure: Exception | None) -> tuple[Tensor, Agreement]:
-        if failure is None and (reason is not None or self._replacing):
-            x = self.cg.end(reason)[0] if reason is not None else self.cg.x
+        self._replacing = reason is Reason.RESIDUAL_REPLACED
+        if failure is None and reason is not None:
+            x = self.cg.end(reason)[0]
             product, agreed = self.A.residual(x, reason, failure)
             return product.sub_(x, alpha=self.damping), agreed
         return self.damped.apply(self.cg.p, reason, failure)
 
     def advance(self, product: Tensor) -> Reason | None:
         if self._replacing:
-            self._replacing = False
+            self._replaced = self.cg.residual_norm
             return self.cg.replace_residual(product)
         pp = self.A.space.dots((self.cg.p, self.cg.p))[0]
         reason = self.cg.step(product, self.A.squared + self.damping * pp, pp, 0.0)
-        if reason is None and self.cg.residual_norm < _REPLACE * self._replaced:
-            self._replaced, self._replacing = self.cg.residual_norm, True
-        return reason
+        due = self.cg.residual_norm < _REPLACE * self._replaced
+        return Reason.RESIDUAL_REPLACED if reason is None and due else reason
 
     def residual(self, product: Tensor) -> Tensor:
         return product
@@ -201,6 +202,8 @@ def _as_rows(J: Any, b: Tensor | None) -> RowOperator:
         if J.dim() != 2 or b is None or b.shape != J.shape[:1] or b.dtype != J.dtype or b.device != J.device:
             found = None if b is None else (b.dtype, tuple(b.shape))
             raise ValueError(f"J {J.dtype} of shape {tuple(J.shape)} needs b with one number per row, got {found}")
+        if J.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"J must be float32 or float64, got {J.dtype}")
         return _Dense(J, b)
     if not hasattr(J, "residual") or not hasattr(J, "squared"):
         raise UsageError(

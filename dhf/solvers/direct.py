@@ -4,8 +4,11 @@
     (RᵀR + μI) x = Rᵀy + c,  K = RRᵀ:
     x = Rᵀ(K + μI)⁻¹ y + (c - Rᵀ(K + μI)⁻¹ R c)/μ         K given, which never cancels in the part that comes from rows
 
+Where K is ill-conditioned, that leaves a residual far above that of a factorisation of RᵀR + μI; corrections then take it away.
+
 A matrix that is positive definite to working accuracy takes a Cholesky factorisation per damping, at a tenth of the cost of an
-eigendecomposition; one that is not takes one eigendecomposition, which then serves all.
+eigendecomposition; one that is not takes one eigendecomposition, which then serves all. That a factorisation succeeds proves
+little, since pivots of a singular matrix round to either side of zero; so its least eigenvalue is estimated from the factor.
 """
 
 from __future__ import annotations
@@ -22,6 +25,9 @@ from dhf.solvers.solution import Iterate, Iteration, Solution
 from dhf.vector_space import Replicated
 
 __all__ = ["Direct", "direct"]
+
+_CORRECTIONS = 3
+_ROUNDING = 10.0  # units of ε‖A‖; eigenvalues of singular matrices come out within about three of zero
 
 
 def direct(A: Any, b: Tensor | None = None, *, damping: float = 0.0) -> Solution:
@@ -70,6 +76,7 @@ class Direct:
             self.rows, self.right_rows = A.rows, A.right_rows
             self.b = -A.gradient
         self._eigen: tuple[Tensor, Tensor] | None = None
+        self._factor: tuple[float, Tensor] | None = None
         self._space = Replicated()
 
     def solve(self, damping: float) -> Solution:
@@ -84,45 +91,78 @@ class Direct:
         mu = damping + self.shift
         if self.rows is None:
             x, reason, direction = self._invert(self.right, mu)
-        else:
-            assert self.right_rows is not None
-            y, reason, direction = self._invert(self.right_rows, mu)
-            x = self.rows.T @ y
-            if self.right.any():
-                y, *_ = self._invert(self.rows @ self.right, mu)
-                x = x + (self.right - self.rows.T @ y) / mu
-        return self._solution(x, reason, damping, direction)
+            return self._solution(x, reason, damping, direction)
+        assert self.right_rows is not None
+        y, reason, _ = self._invert(self.right_rows, mu)
+        x = self.rows.T @ y
+        if self.right.any():
+            x = x + self._beside_rows(self.right, mu)
+        solution = self._solution(x, reason, damping)
+        for _ in range(_CORRECTIONS if reason.converged else 0):
+            if solution.reason is Reason.RESIDUAL_TOLERANCE:
+                break
+            x = solution.x + self._correction(solution.x, damping)
+            solution = min(solution, self._solution(x, reason, damping), key=lambda s: s.true_residual_norm)
+        return solution
+
+    def _correction(self, x: Tensor, damping: float) -> Tensor:
+        """What x lacks, in sample space."""
+        assert self.rows is not None
+        assert self.right_rows is not None
+        mu = damping + self.shift
+        if mu > 0:
+            return self._beside_rows(self.b - self._multiply(x, damping), mu)
+        y, *_ = self._invert(self.right_rows - self.rows @ x, mu)
+        return self.rows.T @ y
+
+    def _beside_rows(self, c: Tensor, mu: float) -> Tensor:
+        """``(RᵀR + mu I)⁻¹ c``."""
+        assert self.rows is not None
+        y, *_ = self._invert(self.rows @ c, mu)
+        return (c - self.rows.T @ y) / mu
 
     def _invert(self, b: Tensor, mu: float) -> tuple[Tensor, Reason, Tensor | None]:
-        """``(matrix + mu I)⁻¹ b``."""
+        """``(matrix + mu I)⁻¹ b``; LEAST_SQUARES_SOLUTION where directions had to be left out."""
+        factor = self._factorise(mu)
+        if factor is not None:
+            return torch.cholesky_solve(b.unsqueeze(1), factor)[:, 0], Reason.RESIDUAL_TOLERANCE, None
         if self._eigen is None:
-            shifted = self.matrix.clone()
-            shifted.diagonal().add_(mu)
-            factor, info = torch.linalg.cholesky_ex(shifted)
-            if not int(info):
-                return torch.cholesky_solve(b.unsqueeze(1), factor)[:, 0], Reason.RESIDUAL_TOLERANCE, None
             values, vectors = torch.linalg.eigh(self.matrix)
             self._eigen = values, vectors
         values, vectors = self._eigen
-        rounding = len(values) * torch.finfo(values.dtype).eps * float(values.abs().max())
-        if float(values[0]) + mu < -rounding:
+        eps = torch.finfo(b.dtype).eps
+        rounding = eps * float(values.abs().max())
+        if float(values[0]) + mu < -max(len(values), _ROUNDING) * rounding:  # sums over many samples round, too
             return torch.zeros_like(b), Reason.NEGATIVE_CURVATURE, vectors[:, 0].clone()
-        shifted_values = values.clamp(min=0) + mu
-        kept = shifted_values > rounding
-        coefficients = vectors.T @ b
-        x = vectors @ torch.where(kept, coefficients / shifted_values.where(kept, 1.0), 0.0)
-        lost = self._norm(coefficients.where(~kept, 0.0))
-        inconsistent = lost > math.sqrt(torch.finfo(b.dtype).eps) * self._norm(b)
-        return x, Reason.LEAST_SQUARES_SOLUTION if inconsistent else Reason.RESIDUAL_TOLERANCE, None
+        kept = values + mu > _ROUNDING * rounding
+        x = vectors @ torch.where(kept, (vectors.T @ b) / (values + mu).where(kept, 1.0), 0.0)
+        return x, Reason.RESIDUAL_TOLERANCE if kept.all() else Reason.LEAST_SQUARES_SOLUTION, None
+
+    def _factorise(self, mu: float) -> Tensor | None:
+        """The Cholesky factor of ``matrix + mu I``, or None where it is not positive definite to working accuracy."""
+        if self._eigen is not None:
+            return None
+        if self._factor is None or self._factor[0] != mu:
+            self._factor = None
+            shifted = self.matrix.clone()
+            shifted.diagonal().add_(mu)
+            factor, info = torch.linalg.cholesky_ex(shifted)
+            least = math.nan if int(info) else _least_eigenvalue(factor)
+            if not least > _ROUNDING * torch.finfo(factor.dtype).eps * float(torch.linalg.matrix_norm(shifted)):
+                return None
+            self._factor = mu, factor
+        return self._factor[1]
 
     def _solution(self, x: Tensor, reason: Reason, damping: float, direction: Tensor | None = None) -> Solution:
         Ax = self._multiply(x, damping)
         r = self.b - Ax
         xx, xAx, bx, rr = self._space.dots((x, x), (x, Ax), (self.b, x), (r, r))
         norm, model = math.sqrt(rr), 0.5 * xAx - bx
-        if reason is Reason.RESIDUAL_TOLERANCE:
-            scale = (float(self.matrix.diagonal().sum()) + damping) * math.sqrt(xx) + self._norm(self.b)
-            if not norm <= 100 * len(self.matrix) * torch.finfo(x.dtype).eps * scale:
+        if reason.converged:
+            scale = (self._norm(self.matrix.flatten()) + damping + self.shift) * math.sqrt(xx) + self._norm(self.b)
+            if norm <= 10 * len(self.matrix) * torch.finfo(x.dtype).eps * scale:
+                reason = Reason.RESIDUAL_TOLERANCE
+            elif reason is Reason.RESIDUAL_TOLERANCE:
                 reason = Reason.ACCURACY_LOST
         history = [
             Iteration(0, self._norm(self.b), 0.0, math.nan),
@@ -136,3 +176,13 @@ class Direct:
 
     def _norm(self, x: Tensor) -> float:
         return math.sqrt(self._space.dots((x, x))[0])
+
+
+def _least_eigenvalue(factor: Tensor) -> float:
+    """An estimate from above, of the matrix with this Cholesky factor; nan or 0 where that is as good as singular."""
+    v = torch.randn(len(factor), 1, generator=torch.Generator().manual_seed(0)).to(factor)
+    least = math.nan
+    for _ in range(3):
+        w = torch.cholesky_solve(v / torch.linalg.vector_norm(v), factor)
+        least, v = 1.0 / float(torch.linalg.vector_norm(w)), w
+    return least

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable
 from typing import Protocol
 
@@ -67,9 +68,18 @@ class StoppingRule:
 
     @staticmethod
     def of(
-        b_norm: float, n: int, rtol: float, atol: float, max_iterations: int | None, progress_tolerance: float | None
+        b_norm: float,
+        n: int,
+        rtol: float,
+        atol: float,
+        max_iterations: int | None,
+        progress_tolerance: float | None = None,
+        dtype: torch.dtype | None = None,
     ) -> StoppingRule:
-        """The rule in the terms of a caller.
+        """The rule in the terms of a caller, who is called by the one whom a warning is to name; ``dtype`` is that of b.
+
+        Warns:
+            UserWarning: If rtol is below what the dtype can reach.
 
         Raises:
             ValueError: If a tolerance or limit is out of range.
@@ -80,6 +90,13 @@ class StoppingRule:
             raise ValueError(f"max_iterations must not be negative, got {max_iterations}")
         if progress_tolerance is not None and not progress_tolerance > 0:
             raise ValueError(f"progress_tolerance must be positive, got {progress_tolerance}")
+        if dtype is not None and 0 < rtol < torch.finfo(dtype).eps:
+            warnings.warn(
+                f"rtol={rtol:g} is below what {str(dtype).removeprefix('torch.')} can reach (about "
+                f"{torch.finfo(dtype).eps:.0e} times the condition number); use "
+                f"{'float64 or ' if dtype == torch.float32 else ''}a larger rtol",
+                stacklevel=3,
+            )
         return StoppingRule(
             max(rtol * b_norm, atol), 10 * n if max_iterations is None else max_iterations, progress_tolerance
         )
@@ -126,10 +143,11 @@ def run(
         reason = recursion.advance(product)
         if len(recursion.history) == before:  # a product that made no iteration
             return reason
-        reason = reason or stop(recursion.history)
+        ends = stop(recursion.history)
         keep(recursion)
         _note(recursion, callback)
-        return reason
+        # the end takes the residual anew by itself
+        return ends or reason if reason is Reason.RESIDUAL_REPLACED else reason or ends
 
     reason, failure = _own_work(begin)
     true_norm = math.nan
@@ -140,6 +158,9 @@ def run(
             break
         if not agreed.valid or agreed.reason is not reason:
             reason = agreed.reason
+            continue
+        if reason is Reason.RESIDUAL_REPLACED:
+            reason, failure = _own_work(go_on)
             continue
         if reason is not None:
             r = recursion.residual(product)

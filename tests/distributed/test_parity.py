@@ -15,12 +15,19 @@ SPLITS = {
     ),
 }
 OPTIONS = [
-    {},
-    {"curvature": "hessian"},
-    {"curvature": "fisher"},
-    {"preconditioner": "jacobi"},
-    {"curvature_fraction": 0.4},
+    {"preset": "deep-net"},
+    {"preset": "deep-net", "preconditioner": "none"},
+    {"preset": "deep-net", "preconditioner": "jacobi"},
+    {"preset": "deep-net", "preconditioner": "empirical-fisher"},
+    {"preset": "deep-net", "preconditioner": "nystrom", "preconditioner_rank": 20},
+    {"preset": "deep-net", "curvature": "fisher"},
+    {"preset": "deep-net", "curvature_fraction": 0.4},
+    {"preset": "newton"},
+    {"curvature": "hessian", "solver": "minres"},
+    {"curvature": "ggn", "solver": "direct"},
 ]
+# with less damping, these systems let the rounding of their tenth iteration grow past what is asked for
+LEAST_SQUARES = [{}, {"solver": "cgls", "damping": 1.0}, {"solver": "cgls", "preconditioner": "none", "damping": 1.0}]
 
 
 def problem(loss: str) -> tuple[dhf.Objective, torch.Tensor, torch.Tensor]:
@@ -29,6 +36,8 @@ def problem(loss: str) -> tuple[dhf.Objective, torch.Tensor, torch.Tensor]:
     x = torch.randn(36, 6, dtype=torch.float64)
     if loss == "cross-entropy":
         return dhf.Objective(module, nn.CrossEntropyLoss(), weight_decay=1e-3), x, torch.randint(0, 3, (36,))
+    if loss == "least-squares":
+        return dhf.Objective(module, nn.MSELoss(), weight_decay=1e-3), x, torch.rand(36, 3).double()
     return dhf.Objective(module, dhf.BinaryCrossEntropy("sum"), weight_decay=1e-3), x, torch.rand(36, 3).double()
 
 
@@ -40,7 +49,7 @@ def train(comm, split: str, micro: int | None, options: dict, loss: str) -> tupl
     mine = slice(first, first + sizes[comm.rank])
     pieces = x[mine].split(micro or len(x)), y[mine].split(micro or len(x))
     batches = [pair for pair in zip(*pieces, strict=True) if len(pair[0])]
-    optimizer = dhf.HessianFree(objective, comm=comm, seed=11, cg_progress_tolerance=1e-3, **options)
+    optimizer = dhf.HessianFree(objective, comm=comm, seed=11, **options)
     rows = []
     for _ in range(5):
         report = optimizer.step(batches)
@@ -48,13 +57,25 @@ def train(comm, split: str, micro: int | None, options: dict, loss: str) -> tupl
     return rows, torch.nn.utils.parameters_to_vector(objective.module.parameters()).detach(), comm.collectives
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(map(str, o.values())) or "ggn")
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(map(str, o.values())))
 @pytest.mark.parametrize("micro", [None, 4], ids=["whole", "micro-batches"])
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_ranks_train_as_one(size, split, micro, options):
-    truth, weights, _ = train(dhf.connect("serial"), "even", None, options, "bce")
-    results = ranks(size, train, split=split, micro=micro, options=options, loss="bce")
+    compare(size, split, micro, options, "bce")
+
+
+@pytest.mark.parametrize("options", LEAST_SQUARES, ids=lambda o: "-".join(map(str, o.values())) or "defaults")
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("size", [2, 4])
+def test_ranks_solve_least_squares_as_one(size, split, options):
+    compare(size, split, 4, options, "least-squares")
+
+
+def compare(size, split, micro, options, loss):
+    """Losses, damping and iteration counts of ``size`` ranks against those of one, and the parameters."""
+    truth, weights, _ = train(dhf.connect("serial"), "even", None, options, loss)
+    results = ranks(size, train, split=split, micro=micro, options=options, loss=loss)
     for rows, parameters, _ in results:
         for found, expected in zip(rows, truth, strict=True):
             assert found[:3] == pytest.approx(expected[:3], rel=1e-9)

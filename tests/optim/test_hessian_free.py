@@ -19,10 +19,21 @@ def regression(decay: float = 0.0) -> tuple[dhf.Objective, list]:
     ]
 
 
-@pytest.mark.parametrize("curvature", ["ggn", "hessian"])
-def test_one_step_solves_linear_least_squares(curvature):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"solver": "direct"},
+        {"solver": "cgls"},
+        {"solver": "cg"},
+        {"curvature": "hessian", "solver": "cg"},
+        {"curvature": "hessian", "solver": "minres"},
+        {"curvature": "hessian", "radius": 100.0},
+    ],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
+def test_one_step_solves_linear_least_squares(options):
     objective, batches = regression()
-    report = dhf.HessianFree(objective, curvature=curvature, damping=1e-10, cg_progress_tolerance=None).step(batches)
+    report = dhf.HessianFree(objective, damping=1e-10, cg_rtol=1e-10, cg_forcing=False, **options).step(batches)
     x = torch.cat([x for x, _ in batches])
     y = torch.cat([y for _, y in batches])
     truth = torch.linalg.lstsq(torch.cat([x, torch.ones(30, 1, dtype=torch.float64)], 1), y).solution
@@ -34,7 +45,7 @@ def test_one_step_solves_linear_least_squares(curvature):
 
 def test_weight_decay_gives_ridge_regression():
     objective, batches = regression(decay=0.3)
-    dhf.HessianFree(objective, damping=1e-10, cg_progress_tolerance=None).step(batches)
+    dhf.HessianFree(objective, damping=1e-10).step(batches)
     x = torch.cat([x for x, _ in batches])
     y = torch.cat([y for _, y in batches])
     design = torch.cat([x, torch.ones(30, 1, dtype=torch.float64)], 1)
@@ -55,12 +66,14 @@ def test_the_loss_falls_monotonically_to_a_stationary_point(curvature, precondit
     reports = [optimizer.step([(x, y)]) for _ in range(60)]
     for before, after in itertools.pairwise(reports):
         assert after.loss == pytest.approx(before.loss_after, rel=1e-12)
-        assert after.loss_after <= after.loss
+        # near the minimum a step that is all rounding may raise the loss by rounding
+        assert after.loss_after <= after.loss * (1 + 1e-14)
     # sampled labels make the Fisher matrix a rougher model
     assert reports[-1].gradient_norm < (3e-2 if curvature == "fisher" else 1e-2) * reports[0].gradient_norm
 
 
-def test_a_saddle_point_is_left_along_negative_curvature():
+@pytest.mark.parametrize("solver", ["cg", "steihaug"])
+def test_a_saddle_point_is_left_along_negative_curvature(solver):
     class Saddle(dhf.Objective):
         def outputs(self, batch: Tensor) -> Tensor:
             return self.module.weight.expand(len(batch), 2)
@@ -72,9 +85,9 @@ def test_a_saddle_point_is_left_along_negative_curvature():
     module = nn.Linear(2, 1, bias=False).double()
     with torch.no_grad():
         module.weight.copy_(torch.tensor([[1.0, 1e-3]]))
-    optimizer = dhf.HessianFree(Saddle(module), curvature="hessian", damping=1e-3)
+    optimizer = dhf.HessianFree(Saddle(module), curvature="hessian", damping=1e-3, solver=solver)
     reports = [optimizer.step([torch.zeros(2, dtype=torch.float64)]) for _ in range(40)]
-    assert dhf.Reason.NEGATIVE_CURVATURE in [r.solve.reason for r in reports]
+    assert any(r.solve.direction is not None for r in reports)
     assert reports[-1].loss_after == pytest.approx(-1.0, abs=1e-6)
 
 
@@ -133,14 +146,25 @@ def test_a_failed_evaluation_leaves_the_parameters_where_they_were():
         assert torch.equal(p, value)
 
 
-@pytest.mark.parametrize("preconditioner", ["none", "jacobi"])
-def test_a_resumed_run_is_bitwise_the_run_that_was_not_stopped(preconditioner):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"preset": "deep-net", "curvature_fraction": 0.5, "preconditioner_refresh": 2},
+        {"preset": "deep-net", "preconditioner": "jacobi", "warm_start_decay": 0.9},
+        {"preset": "deep-net", "preconditioner": "nystrom", "preconditioner_rank": 5},
+        {"preset": "newton"},
+        {"preset": "newton", "preconditioner": "kfac"},
+        {"preset": "least-squares", "solver": "cg"},
+    ],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
+def test_a_resumed_run_is_bitwise_the_run_that_was_not_stopped(options):
     def start():
         torch.manual_seed(1)
         module = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Dropout(0.2), nn.Linear(5, 2)).double()
         x, y = torch.randn(20, 3, dtype=torch.float64), torch.randint(0, 2, (20,))
         objective = dhf.Objective(module, nn.CrossEntropyLoss())
-        return module, dhf.HessianFree(objective, preconditioner=preconditioner, curvature_fraction=0.5), [(x, y)]
+        return module, dhf.HessianFree(objective, **options), [(x, y)]
 
     module, optimizer, batches = start()
     for _ in range(3):
@@ -208,6 +232,19 @@ def test_the_diagonal_preconditioner_is_the_diagonal():
         ({"curvature_fraction": 1.5}, "curvature_fraction must be in"),
         ({"warm_start_decay": -0.1}, "warm_start_decay must be in"),
         ({"cg_max_iterations": 0}, "cg_max_iterations must be at least 1"),
+        ({"damping": math.nan}, "damping must be positive and finite"),
+        ({"damping_factor": 1.0}, "damping_factor must be above 1"),
+        ({"preconditioner_rank": 0}, "preconditioner_rank must be at least 1"),
+        ({"cg_rtol": 1.0}, "cg_rtol must be in"),
+        ({"radius": 0.0}, "radius must be positive"),
+        (
+            {"preset": "convexx"},
+            "preset 'convexx' is unknown; choose from auto, deep-net, least-squares, newton, convex",
+        ),
+        ({"solver": "steihaug", "globalisation": "nielsen"}, "a trust region and the solver steihaug go together"),
+        ({"globalisation": "trust-region"}, "a trust region and the solver steihaug go together"),
+        ({"solver": "direct", "curvature": "fisher"}, "direct works on the Gauss-Newton matrix alone"),
+        ({"solver": "cgls", "curvature_fraction": 0.5}, "cgls takes all samples"),
     ],
 )
 def test_arguments_out_of_range_are_refused(options, text):

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from dhf.optim.line_search import armijo, backtrack
+from dhf.optim.line_search import armijo, backtrack, logarithmic_grid
 
 
 @pytest.mark.parametrize(
@@ -43,3 +43,26 @@ def test_near_convergence_rounding_does_not_refuse_a_step():
     # the decrease asked for is below rounding: equal is good enough, worse is not
     assert armijo(lambda s: 1.0, 1.0, -1e-17, tolerance=1e-15)[0] == 1.0
     assert armijo(lambda s: 1.0 + 1e-15, 1.0, -1e-17, tolerance=1e-14)[0] == 0.0
+    # unless the caller knows that all of it is rounding
+    assert armijo(lambda s: 1.0 + 1e-15, 1.0, -1e-17, tolerance=1e-14, slack=1e-14)[0] == 1.0
+
+
+@pytest.mark.parametrize("best", [2.0**-9, 0.25, 0.5, 1.0, 2.0, 8.0])
+def test_the_grid_finds_the_power_of_two_at_the_minimum(best):
+    def f(s):
+        return math.log2(s / best) ** 2
+
+    assert logarithmic_grid(f, 1e3, f(1.0)) == (best, 0.0)
+
+
+def test_the_grid_walks_past_values_that_are_above_the_start_or_not_finite():
+    def f(s):
+        return math.inf if s > 0.3 else 2.0 + s if s > 0.01 else 1.0 - s
+
+    length, value = logarithmic_grid(f, 1.0, f(1.0))
+    assert (length, value) == (2.0**-7, 1 - 2.0**-7)
+
+
+def test_the_grid_stays_within_its_ends_and_refuses_an_ascent():
+    assert logarithmic_grid(lambda s: -s, 0.0, -1.0) == (16.0, -16.0)
+    assert logarithmic_grid(lambda s: 1 + s, 1.0, 2.0) == (0.0, 1.0)

@@ -60,7 +60,7 @@ def test_the_exact_solution_has_no_residual_and_the_metric_no_error(name):
 
 
 def test_poisson_has_900_points_inside_and_124_on_the_boundary():
-    points, weights, values, boundary = build_problem("poisson-pinn", {}).train
+    points, weights, _, boundary = build_problem("poisson-pinn", {}).train
     assert (len(points), int(boundary.sum())) == (1024, 124)
     assert len(torch.unique(points, dim=0)) == 1024
     on_edge = ((points == 0) | (points == 1)).any(1)

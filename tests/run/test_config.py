@@ -32,6 +32,7 @@ def test_print_config_is_the_resolved_configuration(capsys):
     assert end.value.code == 0
     printed = yaml.safe_load(capsys.readouterr().out)
     assert printed.pop("steps") == 9
+    assert (printed["phases"], printed["damping"], printed["preset"]) == ([], None, "auto")
     defaults = dataclasses.asdict(Config())
     del defaults["steps"]
     assert printed == defaults
@@ -54,6 +55,10 @@ def test_print_config_is_the_resolved_configuration(capsys):
         (["--overwrite", "--resume", "auto"], "give one of them"),
         (["--error-if-not-converged"], "needs a --target-loss"),
         (["--target-loss", ".nan"], "--target-loss must be finite"),
+        (["--solver", "lu"], "--solver 'lu' is unknown; choose from auto, cg, cgls, direct, minres, steihaug"),
+        (["--cg-forcing", "maybe"], "--cg-forcing must be true or false, got 'maybe'"),
+        (["--phases", "adam"], "--phases must be a list, got 'adam'"),
+        (["--phases", "[{steps: 3}, {stpes: 3}]"], "phase 2: unknown setting stpes; did you mean steps?"),
     ],
 )
 def test_bad_settings_are_refused_in_one_line(arguments, text):
@@ -70,6 +75,13 @@ def test_an_unknown_key_in_a_file_is_refused(tmp_path):
         parse(["--config", str(file)])
 
 
+def test_steps_have_a_default_where_no_phases_give_them():
+    assert parse([]).steps == 35
+    config = parse(["--phases", "[{steps: 3}, {optimizer: adam, steps: 4, learning_rate: 1e-2}]"])
+    assert config.steps is None
+    assert config.phases == [{"steps": 3}, {"optimizer": "adam", "steps": 4, "learning_rate": 0.01}]
+
+
 def test_help_imports_no_torch():
     code = (
         "import sys\nfrom dhf.train import main\n"
@@ -80,3 +92,7 @@ def test_help_imports_no_torch():
     assert done.returncode == 0, done.stderr
     assert "--time-budget" in done.stdout
     assert "torchrun --nproc_per_node=4 -m dhf.train" in done.stdout
+    for text in ("optimizer:\n", "Hessian-free:\n", "--curvature {ggn,hessian,fisher}\n", "--seed N", "(default: 0)"):
+        assert text in done.stdout
+    assert "Optional" not in done.stdout
+    assert "null" not in done.stdout

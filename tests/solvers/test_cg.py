@@ -15,32 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dhf import Reason, cg
-
-
-def spd(n: int, condition: float = 100.0, seed: int = 0) -> Tensor:
-    """A symmetric matrix with eigenvalues from 1 to ``condition``, evenly spaced in their logarithm."""
-    q, _ = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)))
-    return (q * torch.logspace(0, math.log10(condition), n, dtype=torch.float64)) @ q.T
-
-
-def vector(n: int, seed: int = 1) -> Tensor:
-    return torch.randn(n, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-def model(A: Tensor, b: Tensor, x: Tensor) -> float:
-    return float(0.5 * x @ A @ x - b @ x)
-
-
-class Counting:
-    """An operator that counts its products."""
-
-    def __init__(self, A: Tensor) -> None:
-        self.A, self.products = A, 0
-
-    def matvec(self, v: Tensor) -> Tensor:
-        self.products += 1
-        return self.A @ v
-
+from tests.solvers.systems import Counting, NanAt, model, spd, vector
 
 # solutions
 
@@ -278,12 +253,8 @@ def test_nan_in_the_matrix(where: str) -> None:
 
 
 def test_nan_that_comes_later_leaves_the_last_good_iterate() -> None:
-    class Failing(Counting):
-        def matvec(self, v: Tensor) -> Tensor:
-            return super().matvec(v) * (math.nan if self.products == 4 else 1.0)
-
     A, b = spd(10, 1e3), vector(10)
-    solution = cg(Failing(A), b)
+    solution = cg(NanAt(A, 4), b)
     assert solution.reason is Reason.NON_FINITE
     assert solution.iterations == 3
     torch.testing.assert_close(solution.x, cg(A, b, max_iterations=3).x)
@@ -312,11 +283,11 @@ def test_nan_from_the_preconditioner() -> None:
 
 def test_accuracy_lost_in_float32() -> None:
     A, b = spd(100, 1e6).float(), vector(100).float()
-    solution = cg(A, b, rtol=1e-7, max_iterations=100_000)
+    solution = cg(A, b, rtol=2e-7, max_iterations=100_000)
     assert solution.reason is Reason.ACCURACY_LOST
     assert not solution.converged
-    assert solution.residual_norm <= 1e-7 * float(b.norm())
-    assert solution.true_residual_norm > 2e-7 * float(b.norm())
+    assert solution.residual_norm <= 2e-7 * float(b.norm())
+    assert solution.true_residual_norm > 4e-7 * float(b.norm())
     exact = torch.linalg.vector_norm(b.double() - A.double() @ solution.x.double())
     assert solution.true_residual_norm == pytest.approx(float(exact), rel=0.5)
 
@@ -336,17 +307,7 @@ def test_iteration_limit() -> None:
 
 
 def test_default_iteration_limit_is_ten_times_the_size() -> None:
-    class Rotating:
-        """Positive definite, but another matrix at every product: no solve can end."""
-
-        def __init__(self) -> None:
-            self.products = 0
-
-        def matvec(self, v: Tensor) -> Tensor:
-            self.products += 1
-            return v * (1.0 + ((torch.arange(5) + self.products) % 5).double() ** 3)
-
-    solution = cg(Rotating(), vector(5), rtol=1e-15)
+    solution = cg(spd(5, 1e13), vector(5), rtol=1e-15)
     assert solution.reason is Reason.ITERATION_LIMIT
     assert solution.iterations == 50
 

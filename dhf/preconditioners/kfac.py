@@ -1,0 +1,139 @@
+"""KFAC: a preconditioner of one Kronecker product per layer, inverted together with its damping.
+
+    block of W:  (A ⊗ G + μI)⁻¹ R = U_G [ (U_Gᵀ R U_A) / (λ_G λ_Aᵀ + μ) ] U_Aᵀ,   A = U_A λ_A U_Aᵀ,  G = U_G λ_G U_Gᵀ
+
+In the eigenbases the damping is exact for every μ; factors that are damped apart (Martens & Grosse, 2015, section 6.3) cost two
+matrix products instead of four, and gave a slower optimizer on the autoencoder measured.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dhf.curvature.kronecker import Layer, add_factors, factor_shapes, layers_of
+from dhf.operator import GlobalOperator
+
+__all__ = ["KFAC"]
+
+Eigen = tuple[Tensor, Tensor]
+
+
+class KFAC:
+    """Makes preconditioners for ``A + damping·I`` from Kronecker factors of the Fisher matrix, one pair per layer.
+
+    Linear and Conv2d layers, biases included, have their factors, from labels sampled at the samples' places among all data; so
+    the factors are the same however data are split. Parameters of other modules take a diagonal: half the squared gradient for
+    sampled labels, scaled to the Fisher matrix's, half its mean over the tensor. Which those are is said once.
+
+    Args:
+        refresh: Calls between new factors; damping is renewed with each.
+        seed: Names the labels; the same on all ranks.
+
+    Example:
+        >>> import dhf
+        >>> optimizer = dhf.HessianFree(
+        ...     dhf.Objective(torch.nn.Linear(3, 2), torch.nn.MSELoss()), preconditioner=KFAC(refresh=5)
+        ... )
+
+    Source: Martens & Grosse (2015); Grosse & Martens (2016). Deviation: exact damping in the eigenbases.
+    """
+
+    def __init__(self, *, refresh: int = 2, seed: int = 0) -> None:
+        if refresh < 1:
+            raise ValueError(f"refresh must be at least 1, got {refresh}")
+        self._refresh, self._seed, self._calls = refresh, seed, 0
+        self._eigen: list[tuple[Eigen, Eigen] | None] = []
+        self._diagonal = torch.zeros(0)
+        self._told = False
+
+    def __call__(self, operator: GlobalOperator, damping: float) -> Callable[[Tensor], Tensor]:
+        """The preconditioner ``r -> z`` for this damping, symmetric positive definite. Collective where factors are renewed.
+
+        Raises:
+            ValueError: If damping, weight decay included, is not positive.
+        """
+        mu = damping + operator.objective.weight_decay
+        if not mu > 0:
+            raise ValueError(f"K-FAC needs positive damping, got {damping}; its factors are singular")
+        layers = layers_of(operator.objective, operator.parameters)
+        known = len(self._eigen) == len(layers) and len(self._diagonal) == operator.shape[0]
+        if self._calls % self._refresh == 0 or not known:
+            self._renew(operator, layers)
+        self._calls += 1
+        scales = [None if e is None else 1.0 / (torch.outer(e[1][0], e[0][0]) + mu) for e in self._eigen]
+        rest = 1.0 / (self._diagonal + mu)
+        covered = [(layer, e, s) for layer, e, s in zip(layers, self._eigen, scales, strict=True) if e is not None]
+
+        def apply(r: Tensor) -> Tensor:
+            z = rest * r
+            pieces, out = operator.parameters.split(r), operator.parameters.split(z)
+            for layer, eigen, scale in covered:
+                assert scale is not None
+                _solve(layer, eigen, scale, pieces, out)
+            return z
+
+        return apply
+
+    def _renew(self, operator: GlobalOperator, layers: list[Layer]) -> None:
+        objective, parameters = operator.objective, operator.parameters
+        add = functools.partial(add_factors, objective, parameters, layers, self._seed + self._calls)
+        *factors, places, gradient = operator.sums(add, factor_shapes(layers, parameters))
+        # with labels sampled independently, samples x (mean gradient)² has the Fisher matrix's diagonal as its expectation
+        squares = gradient.square_().mul_(operator.count)
+        for piece in parameters.split(squares):
+            piece.add_(piece.mean()).mul_(0.5)
+        self._diagonal = squares
+        self._eigen = [
+            (_eigen(factors[2 * i] / p), _eigen(factors[2 * i + 1])) if (p := float(places[i])) > 0 else None
+            for i in range(len(layers))
+        ]
+        self._tell(operator, [layer for layer, e in zip(layers, self._eigen, strict=True) if e is not None])
+
+    def _tell(self, operator: GlobalOperator, layers: list[Layer]) -> None:
+        covered = {i for layer in layers for i in (layer.weight, layer.bias)}
+        names = operator.parameters.names
+        left = [name for i, name in enumerate(names) if i not in covered]
+        if left and not self._told and operator.comm.rank == 0:
+            shown = ", ".join(left[:4]) + (f" and {len(left) - 4} more" if len(left) > 4 else "")
+            warnings.warn(
+                f"K-FAC covers Linear and Conv2d layers, here {len(names) - len(left)} of {len(names)} parameter tensors; "
+                f"the others take a diagonal: {shown}",
+                stacklevel=2,
+            )
+        self._told = True
+
+    def state_dict(self) -> dict[str, Any]:
+        """Factors and counters, as tensors and plain values."""
+        eigen = [None if e is None else [*e[0], *e[1]] for e in self._eigen]
+        return {"calls": self._calls, "eigen": eigen, "diagonal": self._diagonal}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up the state of :meth:`state_dict`."""
+        self._calls, self._diagonal = int(state["calls"]), state["diagonal"].clone()
+        self._eigen = [None if e is None else ((e[0], e[1]), (e[2], e[3])) for e in state["eigen"]]
+
+
+def _solve(layer: Layer, eigen: tuple[Eigen, Eigen], scale: Tensor, r: list[Tensor], z: list[Tensor]) -> None:
+    (_, U_A), (_, U_G) = eigen
+    R = r[layer.weight].flatten(1)
+    if layer.bias is not None:
+        R = torch.cat([R, r[layer.bias].unsqueeze(1)], 1)
+    Z = U_G @ ((U_G.T @ R @ U_A) * scale) @ U_A.T
+    z[layer.weight].copy_((Z if layer.bias is None else Z[:, :-1]).view_as(z[layer.weight]))
+    if layer.bias is not None:
+        z[layer.bias].copy_(Z[:, -1])
+
+
+def _eigen(factor: Tensor) -> Eigen:
+    """Eigenvalues, none below zero, and eigenvectors of a symmetric matrix."""
+    try:
+        values, vectors = torch.linalg.eigh(factor)
+    except torch.linalg.LinAlgError:  # float32 may fail to converge on a matrix that float64 has no trouble with
+        values, vectors = torch.linalg.eigh(factor.double())
+    return values.clamp(min=0).to(factor.dtype), vectors.to(factor.dtype)
