@@ -435,6 +435,22 @@ def test_micro_batches_add_up(loss: str, sizes: list[int]) -> None:
     assert relative_error(gradient, true_gradient) < 1e-12
 
 
+def test_micro_batches_add_up_where_classes_are_weighted() -> None:
+    module, (x, y) = problem("mlp")[0].module, problem("mlp", "cross_entropy")[1]
+    weight = torch.tensor([0.5, 1.0, 4.0], dtype=torch.float64)
+    objective = dhf.Objective(module, nn.CrossEntropyLoss(weight))
+    counts = weight[y]
+    parts = [
+        MicroBatch((x[s], y[s]), len(x[s]), float(counts[s].sum() / counts.sum()), s.start)
+        for s in (slice(0, 2), slice(2, 7))
+    ]
+    (_, (_, G)), gradient = factors(objective, parts)
+    p = torch.softmax(module_outputs(module, x), 1)
+    c = counts[:, None] * (p - F.one_hot(y, CLASSES))  # no labels can be sampled: the data's own
+    assert relative_error(G, c.T @ c / counts.sum()) < 1e-12
+    assert relative_error(gradient[-CLASSES:], c.sum(0) / counts.sum()) < 1e-12
+
+
 @pytest.mark.parametrize("cut", [0, 2, 6])
 def test_micro_batches_add_up_where_samples_are_ignored(cut: int) -> None:
     module, (x, y) = problem("mlp")[0].module, problem("mlp", "cross_entropy", 9)[1]

@@ -71,7 +71,8 @@ def test_a_run_directory_holds_everything(run, capsys):
     written = rows(directory)
     assert [row["step"] for row in written] == [1, 2, 3, 4]
     names = (
-        "step loss loss_after gradient_norm step_length damping reduction_ratio cg_iterations cg_reason seconds norm"
+        "step phase optimizer loss loss_after gradient_norm step_length damping reduction_ratio cg_iterations cg_reason "
+        "seconds norm"
     )
     assert set(names.split()) | {"validation_loss"} <= set(written[0])
     end = result(directory)

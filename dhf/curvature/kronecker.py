@@ -84,6 +84,7 @@ def add_factors(
 
     The last two are the places at which each layer is used, per what the samples count, and the mean gradient for the sampled
     labels. A loss without a predictive distribution gives the factors of its own gradients, the empirical Fisher matrix's.
+    Samples that count nothing have no part in G, and one in A where others of their micro-batch count.
     """
     with torch.enable_grad(), _recorded(layers) as uses:
         z = objective.outputs(part.batch)

@@ -169,6 +169,11 @@ class GlobalOperator:
             product.add_(v, alpha=self._decay)
         return product, verdict
 
+    def agree(self, proposal: Reason | None, failure: Exception | None = None) -> Verdict:
+        """What all ranks agreed, with no product of this rank's; in a collective of a product's size, for others may take one."""
+        _, verdict = self._sum(torch.Tensor.zero_, None, proposal, failure)
+        return verdict
+
     def sums(self, add: AddSums, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
         """Sums over all samples of what ranks compute each for themselves, in one collective.
 
@@ -226,7 +231,7 @@ class GlobalOperator:
         return None if self._search is None else functools.partial(self._search, v)
 
     def _sum(
-        self, work: Callable[[Tensor], None], v: Tensor, proposal: Reason | None, failure: Exception | None
+        self, work: Callable[[Tensor], Any], v: Tensor | None, proposal: Reason | None, failure: Exception | None
     ) -> tuple[Tensor, Verdict]:
         """Sum over ranks what ``work`` writes into the buffer of the product and its riders, with the status word."""
         n, width = self.parameters.numel, self.parameters.numel + self.RIDERS
@@ -239,7 +244,7 @@ class GlobalOperator:
         self._coordinator.fill(word, proposal=proposal, failure=failure, finite=summed.sum(), moved=moved)
         self._coordinator.all_reduce(self._buffer)
         verdict = self._coordinator.read(word, search=self._searching(v))
-        self.products += 1
+        self.products += v is not None
         return summed[:n], verdict
 
     def _open_shard(self) -> ShardCurvature:
@@ -334,6 +339,10 @@ class Shifted:
         """As :meth:`GlobalOperator.apply`."""
         product, verdict = self.operator.apply(v, proposal, failure)
         return product.add_(v, alpha=self.damping), verdict
+
+    def agree(self, proposal: Reason | None, failure: Exception | None = None) -> Verdict:
+        """As :meth:`GlobalOperator.agree`."""
+        return self.operator.agree(proposal, failure)
 
     def shifted(self, damping: float) -> Shifted:
         """``A + (self.damping + damping)·I``."""

@@ -25,6 +25,7 @@ from dhf.operator.global_operator import GlobalOperator
 
 __all__ = ["NormalMatrix"]
 
+_BLOCK = 256
 _CHUNK_BYTES = 2**28  # of rows held at once where they are added up
 
 
@@ -77,7 +78,10 @@ class NormalMatrix:
 
         def add(part: MicroBatch, out: Sequence[Tensor]) -> None:
             if part.first_row == sum(operator.rows[:rank]):  # once, with the first micro-batch
-                torch.matmul(rows[mine], rows.T, out=out[0][mine])
+                if operator.comm.size == 1:
+                    _gram(rows, out[0])
+                else:
+                    torch.matmul(rows[mine], rows.T, out=out[0][mine])
 
         (self.matrix,) = operator.sums(add, [(len(rows), len(rows))])
 
@@ -119,6 +123,14 @@ def _output_hessian(objective: Objective, z: Tensor, batch: object) -> OutputHes
             f"direct needs a loss with a known output Hessian, and {type(objective).__name__} has another; solve with cg"
         )
     return known
+
+
+def _gram(rows: Tensor, out: Tensor) -> None:
+    """``R Rᵀ`` into ``out``, of which little more than half is computed: a block of rows with those from it on."""
+    for first in range(0, len(rows), _BLOCK):
+        block = slice(first, first + _BLOCK)
+        torch.matmul(rows[block], rows[first:].T, out=out[block, first:])
+        out[first + _BLOCK :, block] = out[block, first + _BLOCK :].T
 
 
 def _multiple(hessian: OutputHessian, z: Tensor) -> float:

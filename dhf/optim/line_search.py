@@ -10,12 +10,21 @@ __all__ = ["HALVINGS", "armijo", "backtrack", "logarithmic_grid"]
 HALVINGS = tuple(0.5**j for j in range(20))
 
 
-def backtrack(count: int, value: Callable[[int], float]) -> tuple[int, float]:
+def backtrack(
+    count: int, value: Callable[[int], float], *, satisfied: Callable[[float], bool] = lambda f: False
+) -> tuple[int, float]:
     """Walk back from the last of ``count`` CG iterates while the objective falls; its index and value.
 
-    Source: Martens (2010), section 4.6.
+    Args:
+        count: Iterates, the last one first to be tried.
+        value: The objective at an iterate.
+        satisfied: Whether the last iterate's value is so good that no other need be looked at.
+
+    Source: Martens (2010), section 4.6; there the iterate before the last is always looked at.
     """
     best, f_best = count - 1, value(count - 1)
+    if satisfied(f_best):
+        return best, f_best
     for i in range(count - 2, -1, -1):
         f = value(i)
         if math.isfinite(f_best) and not f < f_best:

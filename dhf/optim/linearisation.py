@@ -32,6 +32,7 @@ MakePreconditioner = Callable[[GlobalOperator, float], Precondition]
 
 _DENSE_BYTES = 2 * 2**30  # most that a dense matrix and its rows may take on a rank
 _DENSE_SPEED = 4.0  # multiplications in large matrix products are so much faster than in a network's gradient
+_LOOSE = 0.1  # relative residual from which on a solve need not take its true one
 _ROWS_COST = 5.0  # gradients that all rows of a Jacobian cost by one vectorised call
 
 
@@ -139,6 +140,8 @@ class Linearisation:
             solution = cgls(operator, damping=within.damping, x0=within.start, **options)
         else:
             solve = minres if solver == "minres" else cg
+            if solver == "cg":
+                options["true_residual"] = within.rtol < _LOOSE
             solution = solve(operator.shifted(within.damping), -self.gradient, x0=within.start, **options)
         self.products = operator.products
         if solution.reason is Reason.NON_FINITE:

@@ -1,10 +1,10 @@
 """Settings: the numbers of a Hessian-free optimizer, by kind of problem; what is not chosen comes from the preset.
 
     preset          for                                     curvature  solver        preconditioner  steered by
-    deep-net        networks of layers, any loss            ggn        cg            kfac            Levenberg-Marquardt, Armijo
+    deep-net        networks of layers, any loss            ggn        cg            kfac            Levenberg-Marquardt, grid
     least-squares   LeastSquares, or MSE in float64         ggn        direct, cgls  nystrom         Nielsen
     newton          other networks in float64               hessian    steihaug      none            trust region
-    convex          a linear model with a convex loss       ggn        direct, cg    nystrom      Levenberg-Marquardt, Armijo
+    convex          a linear model with a convex loss       ggn        direct, cg    nystrom         Levenberg-Marquardt, Armijo
 
 The README has the same table with the reason for each number.
 """
@@ -85,6 +85,7 @@ class Settings:
 PRESETS = {
     "deep-net": Settings(
         preconditioner="kfac",
+        line_search="grid",
         damping=1.0,
         damping_factor=2.0,
         damping_smallest=1e-4,

@@ -26,6 +26,7 @@ T = TypeVar("T")
 
 # replicas of a solve that differ by more than this did not merely round differently
 _ROUNDING_APART = 1e-3
+_GOOD_RATIO = 0.75  # from which on the last iterate is taken without a look at those before it
 _LEAST_RATIO = 1e-4  # of a step that is taken whole
 
 
@@ -116,7 +117,11 @@ class Trial:
                 descents[i] = self._agree_on(iterates[i], damping)
                 return self._value(descents[i].x, 1.0)
 
-            best, f1 = backtrack(len(iterates), at_iterate)
+            def as_predicted(f: float) -> bool:
+                last = descents[len(iterates) - 1]
+                return reduction_ratio(at.loss, f, last.predicted, self._eps) > _GOOD_RATIO
+
+            best, f1 = backtrack(len(iterates), at_iterate, satisfied=as_predicted)
             d = descents[best]
             if not d.slope < 0:
                 return d, f1, 0.0, at.loss

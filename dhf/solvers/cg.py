@@ -39,6 +39,7 @@ def cg(
     preconditioner: Callable[[Tensor], Tensor] | None = None,
     snapshot_ratio: float | None = None,
     callback: Callable[[Iteration], None] | None = None,
+    true_residual: bool = True,
 ) -> Solution:
     """Solve ``A x = b`` for a symmetric positive definite operator by preconditioned conjugate gradients.
 
@@ -54,6 +55,8 @@ def cg(
         preconditioner: ``r -> z ≈ A⁻¹ r``, symmetric positive definite; none by default.
         snapshot_ratio: Keep iterates at iterations that grow by this factor (1.3 is Martens'), in ``Solution.iterates``.
         callback: Called with each Iteration.
+        true_residual: Whether to take the product that tells the true residual at the end. A solve that stops at a loose
+            tolerance, where the recursion cannot have parted from it, may leave it out.
 
     Returns:
         A Solution; its reason says why the solve ended. Never raises on non-convergence. If the recursive residual
@@ -83,7 +86,15 @@ def cg(
         return zero_solution(b)
     symmetry = SymmetryCheck(b.dtype, preconditioned=preconditioner is not None)
     recursion = ConjugateGradients(A, b, x0, preconditioner or (lambda r: r), symmetry)
-    return run(A, recursion, stop, x0=x0, snapshot_ratio=snapshot_ratio, callback=callback)
+    return run(
+        A,
+        recursion,
+        stop,
+        x0=x0,
+        snapshot_ratio=snapshot_ratio,
+        callback=callback,
+        true_residual=true_residual,
+    )
 
 
 class ConjugateGradients:

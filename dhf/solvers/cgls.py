@@ -42,6 +42,9 @@ class RowOperator(Protocol):
     ) -> tuple[Tensor, Agreement]:
         """``JᵀJ v``, leaving ``‖J v‖²`` in :attr:`squared`."""
 
+    def agree(self, proposal: Reason | None, failure: Exception | None = None) -> Agreement:
+        """The agreement alone."""
+
     def residual(
         self, x: Tensor, proposal: Reason | None = None, failure: Exception | None = None
     ) -> tuple[Tensor, Agreement]:
@@ -171,6 +174,9 @@ class _Damped:
         product, agreed = self.A.apply(v, proposal, failure)
         return product.add_(v, alpha=self.damping), agreed
 
+    def agree(self, proposal: Reason | None, failure: Exception | None = None) -> Agreement:
+        return self.A.agree(proposal, failure)
+
 
 class _Dense:
     """A tensor and a right-hand side, with nobody to agree with."""
@@ -188,6 +194,11 @@ class _Dense:
         Jv = self.J @ v
         self.squared = self.space.dots((Jv, Jv))[0]
         return self.J.T @ Jv, Own(proposal)
+
+    def agree(self, proposal: Reason | None, failure: Exception | None = None) -> Agreement:
+        if failure is not None:
+            raise failure
+        return Own(proposal)
 
     def residual(
         self, x: Tensor, proposal: Reason | None = None, failure: Exception | None = None

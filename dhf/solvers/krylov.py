@@ -123,8 +123,9 @@ def run(
     x0: Tensor | None = None,
     snapshot_ratio: float | None = None,
     callback: Callable[[Iteration], None] | None = None,
+    true_residual: bool = True,
 ) -> Solution:
-    """Iterate until there is an agreed reason to end.
+    """Iterate until there is an agreed reason to end; without ``true_residual`` the end takes no product.
 
     Raises:
         ValueError: If snapshot_ratio is out of range.
@@ -152,7 +153,10 @@ def run(
     reason, failure = _own_work(begin)
     true_norm = math.nan
     while True:
-        product, agreed = recursion.ask(reason, failure)
+        if reason is not None and not true_residual:
+            agreed = A.agree(reason, failure)
+        else:
+            product, agreed = recursion.ask(reason, failure)
         if agreed.reason is Reason.NON_FINITE and reason is not Reason.NON_FINITE:
             reason = agreed.reason  # a rank's contribution is broken: no product can be trusted, not even A x
             break
@@ -163,11 +167,13 @@ def run(
             reason, failure = _own_work(go_on)
             continue
         if reason is not None:
-            r = recursion.residual(product)
-            true_norm = math.sqrt(A.space.dots((r, r))[0])
+            if true_residual:
+                r = recursion.residual(product)
+                true_norm = math.sqrt(A.space.dots((r, r))[0])
             break
         reason, failure = _own_work(go_on)
-    if reason is Reason.RESIDUAL_TOLERANCE and stop.target > 0 and not true_norm <= _ACCURACY_SLACK * stop.target:
+    checked = true_residual and stop.target > 0
+    if reason is Reason.RESIDUAL_TOLERANCE and checked and not true_norm <= _ACCURACY_SLACK * stop.target:
         reason = Reason.ACCURACY_LOST
     x, last, direction = recursion.end(reason)
     return Solution(

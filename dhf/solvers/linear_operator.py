@@ -36,6 +36,9 @@ class AgreeingOperator(Protocol):
     ) -> tuple[Tensor, Agreement]:
         """``A v``, valid until the next product, and the agreement; raises if any party tells of a failure."""
 
+    def agree(self, proposal: Reason | None, failure: Exception | None = None) -> Agreement:
+        """The agreement alone; it meets other parties' products as one that is not valid."""
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Own:
@@ -59,6 +62,11 @@ class _Alone:
             raise failure
         multiply = getattr(self._operator, "matvec", None) or self._operator.__matmul__
         return multiply(v), Own(proposal)
+
+    def agree(self, proposal: Reason | None, failure: Exception | None = None) -> Agreement:
+        if failure is not None:
+            raise failure
+        return Own(proposal)
 
 
 def as_operator(operator: Any) -> AgreeingOperator:

@@ -52,7 +52,7 @@ class Solution:
         reason: Why the solve ended; ``reason > 0`` means converged, ``reason.advice`` says what to do.
         iterations: Iterations that led to x.
         residual_norm: ``‖b - A x‖`` as the recursion has it.
-        true_residual_norm: ``‖b - A x‖`` from a product taken at the end; nan if that product was not finite.
+        true_residual_norm: ``‖b - A x‖`` from a product taken at the end; nan if that was not finite, or not asked for.
         model: The quadratic model ``½ xᵀAx - bᵀx`` at x.
         history: One Iteration per iteration, and one for the start.
         iterates: Iterates kept at geometric spacing, the last one x itself; empty unless asked for.

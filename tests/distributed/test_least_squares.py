@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import sys
 from typing import Any
@@ -96,8 +97,7 @@ def serial_by_rows(kind: str, decay: float) -> tuple[Solution, Tensor, int, int]
 
 
 @pytest.mark.parametrize("micro_batches", [1, 3])
-@pytest.mark.parametrize("shards", list(SHARDS))
-@pytest.mark.parametrize("size", [1, 2, 3, 4])
+@pytest.mark.parametrize(("size", "shards"), [(1, "even"), *itertools.product((2, 3, 4), SHARDS)])
 @pytest.mark.parametrize(("kind", "decay"), [("mse", 0.0), ("least squares", 0.05)])
 def test_cgls_on_ranks(kind: str, decay: float, size: int, shards: str, micro_batches: int) -> None:
     alone, numbers, _, _ = serial_by_rows(kind, decay)
@@ -134,7 +134,7 @@ def solve_disturbed(comm: Communicator, disturbed: list[int], at: int) -> list[t
                 module._REPLACE = history[at].residual_norm / history[0].residual_norm * (1 + 2.0**-52)
                 disturb()
                 before, A.residuals, products = comm.collectives, 0, A.products
-                solution = cgls(A, damping=DAMPING, rtol=1e-10)
+                solution = cgls(A, damping=DAMPING, rtol=1e-10, max_iterations=at + 3)
                 assert comm.collectives - before == A.products - products
                 found.append((solution, A.residuals, A.products - products))
         finally:
@@ -146,8 +146,8 @@ def solve_disturbed(comm: Communicator, disturbed: list[int], at: int) -> list[t
 def test_all_ranks_replace_the_residual_together(disturbed: list[int]) -> None:
     cases = list(zip(*ranks(4, solve_disturbed, disturbed=disturbed, at=3), strict=True))
     for (solution, _, products), *others in cases:
-        assert solution.reason is dhf.Reason.RESIDUAL_TOLERANCE
-        assert relative_error(solution.x, truth("mse", 0.0)) < 1e-7
+        assert (solution.reason, solution.iterations) == (dhf.Reason.ITERATION_LIMIT, 6)
+        assert solution.true_residual_norm == pytest.approx(solution.residual_norm, rel=1e-9)
         for other, _, theirs in others:
             assert (other.reason, other.iterations, theirs) == (solution.reason, solution.iterations, products)
             torch.testing.assert_close(other.x, solution.x, rtol=1e-9, atol=1e-12)
@@ -187,20 +187,21 @@ def serial_matrix(kind: str, in_samples: bool) -> Tensor:
     return solve_dense(dhf.connect("serial"), kind, 0.0, in_samples, [SAMPLES], 1)[1]
 
 
-@pytest.mark.parametrize("micro_batches", [1, 3])
-@pytest.mark.parametrize("shards", list(SHARDS))
-@pytest.mark.parametrize("size", [1, 2, 3, 4])
+GRID = list(itertools.product([(1, "even"), *itertools.product((2, 3, 4), SHARDS)], (1, 3)))
+
+
 @pytest.mark.parametrize(
-    ("kind", "in_samples", "decay"),
+    ("kind", "in_samples", "decay", "layout"),
     [
-        ("mse", False, 0.05),
-        ("mse", True, 0.0),
-        ("least squares", True, 0.05),
-        ("cross_entropy", False, 0.05),
-        ("bce", False, 0.0),
+        *[("mse", True, 0.05, layout) for layout in GRID],
+        *[("cross_entropy", False, 0.05, layout) for layout in GRID],
+        *[("mse", False, 0.0, layout) for layout in GRID[-3:]],
+        *[("least squares", True, 0.0, layout) for layout in GRID[-3:]],
+        *[("bce", False, 0.0, layout) for layout in GRID[-3:]],
     ],
 )
-def test_direct_on_ranks(kind: str, in_samples: bool, decay: float, size: int, shards: str, micro_batches: int) -> None:
+def test_direct_on_ranks(kind: str, in_samples: bool, decay: float, layout: tuple[tuple[int, str], int]) -> None:
+    (size, shards), micro_batches = layout
     found = ranks(
         size,
         solve_dense,

@@ -62,6 +62,6 @@ def test_dropout_is_refused_by_name() -> None:
     x = torch.randn(5, 4, dtype=torch.float64)
     with (
         dhf.GaussNewton(dhf.Objective(module, nn.MSELoss()), [(x, x[:, :3])]) as A,
-        pytest.raises(PerSampleError, match="the loss cannot be differentiated sample by sample.*dropout"),
+        pytest.raises(PerSampleError, match=r"the loss cannot be differentiated sample by sample.*dropout"),
     ):
         empirical_fisher(A, 1.0)

@@ -157,6 +157,14 @@ def test_warm_start(preconditioned: bool) -> None:
     assert solution.model == pytest.approx(model(J, b, solution.x), rel=1e-8)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_a_large_start_costs_no_digits(seed: int) -> None:
+    """Its rounding stays in a residual that is carried on; one taken anew from rows is rid of it."""
+    J, b, x0 = conditioned(30, 12, 1e6, seed), randn(30, seed=seed + 5), 1e4 * randn(12, seed=4)
+    solution = cgls(J, b, x0=x0, rtol=1e-12, max_iterations=500)
+    assert error(solution.x, lstsq(J, b)) < 5e-9
+
+
 def test_warm_start_keeps_what_no_row_sees() -> None:
     J, b, x0 = conditioned(5, 9, 10.0), randn(5, seed=2), randn(9, seed=3)
     solution = cgls(J, b, x0=x0, rtol=1e-12)
