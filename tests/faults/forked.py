@@ -26,6 +26,8 @@ import torch.distributed as dist
 from dhf.train import main
 
 FILE = Path(__file__).with_name("faulty.py")
+# faults wait for a product of a solve: let there be many
+LONG_SOLVES = ("--preset", "deep-net", "--preconditioner", "none", "--cg-rtol", "1e-5", "--cg-max-iterations", "250")
 BOUND = 60.0
 _fork = multiprocessing.get_context("fork")
 
@@ -54,7 +56,7 @@ class Run:
             "TORCHELASTIC_USE_AGENT_STORE": "True",
             "TORCHELASTIC_RESTART_COUNT": "0",
         }
-        problem = () if "--problem" in flags else ("--problem", f"{FILE}:build")
+        problem = () if "--problem" in flags else ("--problem", f"{FILE}:build", *LONG_SOLVES)
         argv = [*problem, "--dtype", "float64", "--run-dir", str(self.directory), *flags]
         self.processes = [
             _fork.Process(target=_rank, args=(r, environment, folder, [*argv, *flags_of(r)], prepare))

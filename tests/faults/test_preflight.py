@@ -38,7 +38,7 @@ def test_a_problem_that_is_built_otherwise_on_one_rank(tmp_path: Path, differs: 
     ("flags", "words"),
     [
         (("--seed", "1"), "in --seed: 1 there, 0 on rank 0"),
-        (("--damping", "2"), "in --damping: 2.0 there, 1.0 on rank 0"),
+        (("--damping", "2"), "in --damping: 2.0 there, not given on rank 0"),
         (("--dtype", "float32"), "in --dtype: 'float32' there, 'float64' on rank 0"),
         (("--optimizer", "adam"), "in --optimizer: 'adam' there, 'hf' on rank 0"),
     ],

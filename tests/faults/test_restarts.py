@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.forked import FILE, run
+from tests.faults.forked import FILE, LONG_SOLVES, run
 from tests.launched import Launched
 
 pytestmark = pytest.mark.launch
@@ -31,7 +31,7 @@ def options(rendezvous: str, restarts: int = 1) -> tuple[str, ...]:
 def start_and_kill(rendezvous: str, rank: int, *flags: str) -> tuple[int, str, str]:
     """A run whose rank kills itself in step 5 of its first attempt."""
     fault = ("--options.fault", "SIGKILL", "--options.rank", str(rank), "--options.at", "5")
-    problem = ("--problem", f"{FILE}:build", "--dtype", "float64")
+    problem = ("--problem", f"{FILE}:build", "--dtype", "float64", *LONG_SOLVES)
     return Launched(3, *problem, *STEPS, *fault, *flags, options=options(rendezvous)).wait()
 
 
@@ -73,7 +73,7 @@ def test_the_default_directory_is_that_of_the_first_attempt(truth: list[float]) 
 
 def test_an_attempt_that_ended_for_good_is_not_repeated() -> None:
     """A usage error after the directory was taken, and a signal to one rank, end the run; another attempt changes nothing."""
-    flags = ("--problem", f"{FILE}:build", "--run-dir", "run", "--steps", "50", "--target-loss", "-1")
+    flags = ("--problem", f"{FILE}:build", *LONG_SOLVES, "--run-dir", "run", "--steps", "5000", "--target-loss", "-1")
     fault = ("--options.fault", "SIGTERM", "--options.rank", "1", "--options.at", "3")
     code, out, err = Launched(2, *flags, *fault, options=options("standalone")).wait()
     assert code == 75, out + err
