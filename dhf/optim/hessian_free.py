@@ -33,7 +33,7 @@ from dhf.evaluation import moving_buffers, stream_seed
 from dhf.objective import Objective, require_objective
 from dhf.operator import GlobalOperator
 from dhf.optim.damping import LevenbergMarquardt, Nielsen
-from dhf.optim.linearisation import Bounds, Linearisation, MakePreconditioner, direct_is_cheaper
+from dhf.optim.linearisation import Bounds, Dense, Linearisation, MakePreconditioner
 from dhf.optim.outcome import Outcome, Steering
 from dhf.optim.report import StepReport
 from dhf.optim.settings import Settings, resolve
@@ -47,6 +47,7 @@ from dhf.solvers import Iterate, Solution, forcing_term
 __all__ = ["HessianFree"]
 
 _NOT_TAKEN = (Reason.INTERRUPTED, Reason.TIME_LIMIT)
+_TOO_LARGE = 16.0  # GB that a dense matrix may take where it is asked for by name
 _DAMPINGS = 12  # tried in one step where another damping needs no new graph
 _GRADIENT_AFTER = 3  # failed steps in a row before the gradient is tried
 
@@ -194,16 +195,27 @@ class HessianFree(torch.optim.Optimizer):
     def _decide_solver(self, shard: Sequence[Any]) -> None:
         """Settle what ``solver="auto"`` stands for, once the data are seen."""
         settings = self.settings
-        if settings.solver != "auto":
+        if settings.solver not in ("auto", "direct") or not self._verify:
             return
         with GlobalOperator(
             self.objective, shard, build=GradientGraph, coordinator=self.coordinator, seed=self._seed
         ) as at:
-            dense = direct_is_cheaper(at, settings.cg_max_iterations)
-        if dense is not None:
+            dense = Dense.of(at)
+        known = self.objective.known_loss() is not None
+        if settings.solver == "direct":
+            gigabytes = dense.memory / 1e9
+            if gigabytes > _TOO_LARGE:
+                raise UsageError(
+                    f"solver direct would factorise {dense}, for which every rank needs {gigabytes:,.0f} GB; use cg or cgls"
+                )
+            gradients = dense.operations / dense.gradient
+            self.notes.append(f"solver direct factorises {dense}: a step costs about {gradients:,.0f} gradients")
+        elif known and dense.is_cheaper(settings.cg_max_iterations):
             self._take_solver("direct", f"it factorises {dense}")
         else:
-            self._take_iterative("the matrix is too large for direct")
+            self._take_iterative(
+                "the matrix is too large for direct" if known else "the loss has no known output Hessian"
+            )
 
     def _take_iterative(self, why: str) -> None:
         self._take_solver("cgls" if self.objective.is_least_squares else "cg", why)

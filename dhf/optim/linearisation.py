@@ -25,7 +25,7 @@ from dhf.parameters import Parameters
 from dhf.reason import Reason
 from dhf.solvers import Direct, Solution, cg, cgls, minres, steihaug
 
-__all__ = ["Linearisation", "MakePreconditioner", "Precondition", "direct_is_cheaper"]
+__all__ = ["Bounds", "Dense", "Linearisation", "MakePreconditioner", "Precondition"]
 
 Precondition = Callable[[Tensor], Tensor]
 MakePreconditioner = Callable[[GlobalOperator, float], Precondition]
@@ -175,25 +175,41 @@ class Linearisation:
         return GaussNewtonGraph if self.settings.curvature == "ggn" else HessianGraph
 
 
-def direct_is_cheaper(operator: GlobalOperator, iterations: int) -> str | None:
-    """What a direct solve would factorise, in words, where memory allows it and it takes fewer operations than iterating.
+@dataclasses.dataclass(frozen=True, slots=True)
+class Dense:
+    """What a direct solve of an operator's system would take.
 
-    Args:
-        operator: An operator of the objective, whose data and sizes count.
-        iterations: Most that the iterative solver would take; half of them are expected.
+    Attributes:
+        size: Rows of the matrix.
+        in_samples: Whether it is formed in sample space.
+        memory: Bytes on every rank.
+        operations: Multiplications and additions of a step, in the time that a network's gradient takes for one.
+        gradient: The same of one gradient.
     """
-    if operator.objective.known_loss() is None:
-        return None
-    n, m = operator.shape[0], _residuals(operator)
-    in_samples = _in_samples(operator)
-    k = m if in_samples else n
-    width = torch.finfo(operator.dtype).bits // 8
-    memory = width * (3 * k * k + (2 * m * n if in_samples else 0))
-    gradient = 6.0 * n * sum(operator.rows)
-    dense = _ROWS_COST * gradient + (2.0 * m * n * k + k**3 / 3) / _DENSE_SPEED
-    if memory > _DENSE_BYTES or dense > 0.5 * iterations * 1.3 * gradient:
-        return None
-    return f"a {k:,} x {k:,} matrix in {'sample' if in_samples else 'parameter'} space"
+
+    size: int
+    in_samples: bool
+    memory: int
+    operations: float
+    gradient: float
+
+    @staticmethod
+    def of(operator: GlobalOperator) -> Dense:
+        """By the operator's sizes; collective nowhere."""
+        n, m, in_samples = operator.shape[0], _residuals(operator), _in_samples(operator)
+        k = m if in_samples else n
+        width = torch.finfo(operator.dtype).bits // 8
+        gradient = 6.0 * n * sum(operator.rows)
+        operations = _ROWS_COST * gradient + (2.0 * m * n * k + k**3 / 3) / _DENSE_SPEED
+        return Dense(k, in_samples, width * (3 * k * k + (2 * m * n if in_samples else 0)), operations, gradient)
+
+    def is_cheaper(self, iterations: int) -> bool:
+        """Whether memory allows it and it takes fewer operations than half of so many iterations, the number expected."""
+        return self.memory <= _DENSE_BYTES and self.operations <= 0.5 * iterations * 1.3 * self.gradient
+
+    def __str__(self) -> str:
+        space = "sample" if self.in_samples else "parameter"
+        return f"a {self.size:,} x {self.size:,} matrix in {space} space"
 
 
 def _in_samples(operator: GlobalOperator) -> bool:

@@ -75,6 +75,17 @@ def test_direct_asked_for_by_name_is_an_error_where_it_cannot_be():
         dhf.HessianFree(objective, solver="direct").step([torch.ones(5, 1, dtype=torch.float64)])
 
 
+def test_a_matrix_that_no_rank_can_hold_is_refused_and_what_one_costs_is_said(monkeypatch):
+    objective, batches = curve((0.1, 0.0))
+    with monkeypatch.context() as patch:
+        patch.setattr("dhf.optim.hessian_free._TOO_LARGE", 1e-8)
+        with pytest.raises(dhf.UsageError, match=r"2 x 2 matrix in parameter space, for which every rank needs .*use cg"):
+            dhf.HessianFree(objective, solver="direct").step(batches)
+    optimizer = dhf.HessianFree(objective, solver="direct")
+    optimizer.step(batches)
+    assert "direct factorises a 2 x 2 matrix in parameter space: a step costs about 5 gradients" in optimizer.notes[-1]
+
+
 def test_the_gradient_is_tried_after_three_failures_in_a_row(monkeypatch):
     search = Trial.search
 
