@@ -13,6 +13,7 @@ __all__ = ["seconds_to", "value_at", "write_report"]
 _COLOURS = {
     "dhf": "#c1121f",
     "dhf-cgls": "#f4845f",
+    "dhf-cg": "#f4845f",
     "adam": "#4ea8de",
     "adam-minibatch": "#023e7d",
     "lbfgs": "#2b9348",

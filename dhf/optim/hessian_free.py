@@ -178,19 +178,33 @@ class HessianFree(torch.optim.Optimizer):
         self.coordinator.require_same(self._facts(), failure=failure)
         assert shard is not None
         buffers = moving_buffers(self.objective.module)
-        kept = [b.clone() for b in buffers]
+        kept, memory = [b.clone() for b in buffers], self._memory()
         try:
             self._decide_solver(shard)
             report = self._step_on(shard, lambda: _restore(buffers, kept))
         except BaseException:
             _restore(buffers, kept)
+            self._remember(*memory)
             raise
         if report.reason in _NOT_TAKEN:
             _restore(buffers, kept)
+            self._remember(*memory)
         else:
             self._steps += 1
         seconds, waiting = time.perf_counter() - began, self.coordinator.seconds_waiting - waited
         return dataclasses.replace(report, seconds=seconds, seconds_waiting=waiting)
+
+    def _memory(self) -> tuple[Any, tuple[float, float] | None]:
+        """What a step leaves behind for the next even before it is judged: the preconditioner's work, and the forcing term."""
+        keeper = getattr(self._precondition, "state_dict", None)
+        return keeper() if keeper else None, self._forcing
+
+    def _remember(self, preconditioner: Any, forcing: tuple[float, float] | None) -> None:
+        """Take up what :meth:`_memory` gave."""
+        take_up = getattr(self._precondition, "load_state_dict", None)
+        if preconditioner is not None and take_up is not None:
+            take_up(preconditioner)
+        self._forcing = forcing
 
     def _decide_solver(self, shard: Sequence[Any]) -> None:
         """Settle what ``solver="auto"`` stands for, once the data are seen."""
@@ -346,14 +360,14 @@ class HessianFree(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs to go on exactly: steering, warm start, preconditioner and step number."""
-        keeper = getattr(self._precondition, "state_dict", None)
+        preconditioner, forcing = self._memory()
         self.state[self.parameters.tensors[0]] = {
             "steering": self.steering.state_dict(),
             "steps": self._steps,
             "failures": self._failures,
             "last": self._last,
-            "forcing": self._forcing,
-            "preconditioner": keeper() if keeper else None,
+            "forcing": forcing,
+            "preconditioner": preconditioner,
         }
         return super().state_dict()
 
@@ -371,10 +385,8 @@ class HessianFree(torch.optim.Optimizer):
         self.steering.load_state_dict(state["steering"])
         self._steps, self._failures = int(state["steps"]), int(state["failures"])
         self._last = None if last is None else last.clone()
-        self._forcing = None if state["forcing"] is None else tuple(state["forcing"])
-        take_up = getattr(self._precondition, "load_state_dict", None)
-        if state["preconditioner"] is not None and take_up is not None:
-            take_up(state["preconditioner"])
+        forcing = state["forcing"]
+        self._remember(state["preconditioner"], None if forcing is None else (float(forcing[0]), float(forcing[1])))
 
 
 def _steering(settings: Settings) -> Steering:

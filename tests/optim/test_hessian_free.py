@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import dhf
+from dhf.coordinator import Coordinator
 
 
 def regression(decay: float = 0.0) -> tuple[dhf.Objective, list]:
@@ -175,6 +176,27 @@ def test_a_resumed_run_is_bitwise_the_run_that_was_not_stopped(options):
     module.load_state_dict(weights)
     resumed.load_state_dict(state)
     assert [resumed.step(batches).loss_after for _ in range(3)] == whole
+
+
+@pytest.mark.parametrize("options", [{"preset": "deep-net"}, {"preset": "newton", "preconditioner": "nystrom"}])
+def test_a_step_that_was_interrupted_is_taken_again_as_if_nothing_had_been(options):
+    def run(interrupt_at: int | None) -> list[float]:
+        torch.manual_seed(1)
+        module = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)).double()
+        x, y = torch.randn(20, 3, dtype=torch.float64), torch.randint(0, 2, (20,))
+        stop = [False]
+        coordinator = Coordinator(dhf.connect("serial"), interrupted=lambda: stop[0])
+        optimizer = dhf.HessianFree(dhf.Objective(module, nn.CrossEntropyLoss()), coordinator=coordinator, **options)
+        losses = []
+        while len(losses) < 6:
+            if len(losses) == interrupt_at:
+                stop[0] = True
+                assert optimizer.step([(x, y)]).reason is dhf.Reason.INTERRUPTED
+                stop[0], coordinator.stopping, interrupt_at = False, None, None
+            losses.append(optimizer.step([(x, y)]).loss_after)
+        return losses
+
+    assert run(interrupt_at=3) == run(interrupt_at=None)
 
 
 def test_dropout_masks_are_the_same_at_every_trial_point():

@@ -79,7 +79,9 @@ def test_a_matrix_that_no_rank_can_hold_is_refused_and_what_one_costs_is_said(mo
     objective, batches = curve((0.1, 0.0))
     with monkeypatch.context() as patch:
         patch.setattr("dhf.optim.hessian_free._TOO_LARGE", 1e-8)
-        with pytest.raises(dhf.UsageError, match=r"2 x 2 matrix in parameter space, for which every rank needs .*use cg"):
+        with pytest.raises(
+            dhf.UsageError, match=r"2 x 2 matrix in parameter space, for which every rank needs .*use cg"
+        ):
             dhf.HessianFree(objective, solver="direct").step(batches)
     optimizer = dhf.HessianFree(objective, solver="direct")
     optimizer.step(batches)
