@@ -28,8 +28,9 @@ class KFAC:
     """Makes preconditioners for ``A + damping·I`` from Kronecker factors of the Fisher matrix, one pair per layer.
 
     Linear and Conv2d layers, biases included, have their factors, from labels sampled at the samples' places among all data; so
-    the factors are the same however data are split. Parameters of other modules take a diagonal: half the squared gradient for
-    sampled labels, scaled to the Fisher matrix's, half its mean over the tensor. Which those are is said once.
+    the factors are the same however data are split (unless all samples of a micro-batch are ignored). Parameters of other
+    modules take a diagonal: half the squared gradient for sampled labels, scaled to the Fisher matrix's, half its mean over
+    the tensor. Which those are is said once.
 
     Args:
         refresh: Calls between new factors; damping is renewed with each.
