@@ -27,6 +27,7 @@ __all__ = [
     "moving_buffers",
     "naming_micro_batch",
     "reproducible",
+    "restore_buffers",
     "stream_seed",
     "twice_differentiable",
 ]
@@ -73,9 +74,7 @@ def reproducible(
         try:
             yield
         finally:
-            for buffer, value in zip(buffers, kept, strict=True):
-                # .data: the graph has saved this buffer, and a bumped version would make it refuse its backward
-                buffer.data.copy_(value)
+            restore_buffers(buffers, kept)
 
 
 @contextlib.contextmanager
@@ -136,6 +135,13 @@ def moving_buffers(module: torch.nn.Module) -> list[Tensor]:
     """The running statistics that a forward pass in training mode moves."""
     norms = (m for m in module.modules() if isinstance(m, torch.nn.modules.batchnorm._NormBase))
     return [b for m in norms if _follows_batch(m) and m.track_running_stats for b in m.buffers(recurse=False)]
+
+
+def restore_buffers(buffers: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Put values back into buffers that a forward pass has moved."""
+    for buffer, value in zip(buffers, values, strict=True):
+        # .data: the graph has saved this buffer, and a bumped version would make it refuse its backward
+        buffer.data.copy_(value)
 
 
 @torch.no_grad()

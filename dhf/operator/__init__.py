@@ -1,6 +1,6 @@
 """Operators: local curvature + communicator + coordinator, as symmetric operators on flat vectors."""
 
-from dhf.operator.curvatures import Fisher, GaussNewton, Hessian, loss_and_gradient
+from dhf.operator.curvatures import Fisher, GaussNewton, Hessian, loss_and_gradient, loss_at
 from dhf.operator.global_operator import GlobalOperator, Shifted
 from dhf.operator.normal_matrix import NormalMatrix
 from dhf.operator.residual_jacobian import ResidualJacobian
@@ -14,4 +14,5 @@ __all__ = [
     "ResidualJacobian",
     "Shifted",
     "loss_and_gradient",
+    "loss_at",
 ]

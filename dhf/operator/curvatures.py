@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from dhf.comm import Communicator
+from dhf.coordinator import Coordinator, capture
 from dhf.curvature import FisherGraph, GaussNewtonGraph, GradientGraph, HessianGraph
+from dhf.evaluation import evaluate, micro_batch_seeds
 from dhf.objective import Objective
 from dhf.operator.global_operator import GlobalOperator
 
-__all__ = ["Fisher", "GaussNewton", "Hessian", "loss_and_gradient"]
+__all__ = ["Fisher", "GaussNewton", "Hessian", "loss_and_gradient", "loss_at"]
 
 
 class Hessian(GlobalOperator):
@@ -96,3 +98,24 @@ def loss_and_gradient(
     """The global loss and gradient (shape (n,)), with no graph kept; arguments as :class:`GlobalOperator`."""
     with GlobalOperator(objective, batches, comm=comm, build=GradientGraph, **options) as gradient:
         return gradient.loss, gradient.gradient
+
+
+def loss_at(
+    theta: Tensor, objective: Objective, batches: Sequence[Any], coordinator: Coordinator, *, seed: int = 0
+) -> float:
+    """The global loss at the module's parameters, by forward passes alone; the same on every rank.
+
+    Args:
+        theta: The parameters as a flat vector, shape (n,), for weight decay.
+        objective: What is evaluated.
+        batches: This rank's micro-batches.
+        coordinator: How ranks agree.
+        seed: Fixes dropout and other randomness; the same on all ranks.
+    """
+    rank, decay = coordinator.comm.rank, 0.0
+    seeds = micro_batch_seeds(seed, rank, len(batches))
+    sums, failure = capture(lambda: evaluate(objective, theta.device, batches, seeds))
+    if rank == 0 and objective.weight_decay:  # rank 0's alone, so that every rank holds the same bits
+        decay = 0.5 * objective.weight_decay * float(theta.double().square().sum())
+    total, count, decay = coordinator.reduce([*(sums or (0.0, 0.0)), decay], failure=failure)
+    return total / count + decay

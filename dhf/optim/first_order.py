@@ -12,9 +12,9 @@ from torch import Tensor
 
 from dhf.coordinator import Coordinator, capture
 from dhf.errors import NonFiniteError, UsageError
-from dhf.evaluation import evaluate, micro_batch_seeds, moving_buffers, stream_seed
+from dhf.evaluation import moving_buffers, restore_buffers, stream_seed
 from dhf.objective import Objective
-from dhf.operator import loss_and_gradient
+from dhf.operator import loss_and_gradient, loss_at
 from dhf.optim.report import StepReport
 from dhf.parameters import Parameters
 from dhf.reason import Reason
@@ -108,8 +108,7 @@ class FirstOrder:
             loss_after = self._loss(shard, seed, theta)
         except BaseException:
             self.parameters.write(before)
-            for buffer, value in zip(buffers, kept, strict=True):
-                buffer.data.copy_(value)
+            restore_buffers(buffers, kept)
             raise
         self._steps += 1
         loss, norm = seen[0]
@@ -148,13 +147,7 @@ class FirstOrder:
 
     def _loss(self, shard: Sequence[Any], seed: int, theta: Tensor) -> float:
         """The global objective at the parameters, by forward passes alone."""
-        comm, decay = self.coordinator.comm, 0.0
-        seeds = micro_batch_seeds(seed, comm.rank, len(shard))
-        sums, failure = capture(lambda: evaluate(self.objective, self.parameters.device, shard, seeds))
-        if comm.rank == 0 and self.objective.weight_decay:
-            decay = 0.5 * self.objective.weight_decay * float(theta.double().square().sum())
-        total, count, decay = self.coordinator.reduce([*(sums or (0.0, 0.0)), decay], failure=failure)
-        loss = total / count + decay
+        loss = loss_at(theta, self.objective, shard, self.coordinator, seed=seed)
         if not math.isfinite(loss):
             raise NonFiniteError(f"a step of {self._method} led to a loss of {loss}; use a smaller learning rate")
         return loss

@@ -29,7 +29,7 @@ from dhf.comm import Communicator, Serial
 from dhf.coordinator import Coordinator, capture
 from dhf.curvature import GradientGraph
 from dhf.errors import PerSampleError, UsageError
-from dhf.evaluation import moving_buffers, stream_seed
+from dhf.evaluation import moving_buffers, restore_buffers, stream_seed
 from dhf.objective import Objective, require_objective
 from dhf.operator import GlobalOperator
 from dhf.optim.damping import LevenbergMarquardt, Nielsen
@@ -181,13 +181,13 @@ class HessianFree(torch.optim.Optimizer):
         kept, memory = [b.clone() for b in buffers], self._memory()
         try:
             self._decide_solver(shard)
-            report = self._step_on(shard, lambda: _restore(buffers, kept))
+            report = self._step_on(shard, lambda: restore_buffers(buffers, kept))
         except BaseException:
-            _restore(buffers, kept)
+            restore_buffers(buffers, kept)
             self._remember(*memory)
             raise
         if report.reason in _NOT_TAKEN:
-            _restore(buffers, kept)
+            restore_buffers(buffers, kept)
             self._remember(*memory)
         else:
             self._steps += 1
@@ -239,7 +239,7 @@ class HessianFree(torch.optim.Optimizer):
         self.settings = dataclasses.replace(self.settings, solver=solver)
         self.notes.append(f"solver {solver}: {why}")
 
-    def _step_on(self, shard: Sequence[Any], restore_buffers: Callable[[], None]) -> StepReport:
+    def _step_on(self, shard: Sequence[Any], undo: Callable[[], None]) -> StepReport:
         work = self._linearise(shard)
         try:
             solve = work.solve(self._bounds)
@@ -247,7 +247,7 @@ class HessianFree(torch.optim.Optimizer):
             if not self._solver_is_open:
                 raise  # the user has asked for direct by name
             self._take_iterative(f"{error}; written with torch.func, direct would be faster")
-            restore_buffers()
+            undo()
             work = self._linearise(shard)
             solve = work.solve(self._bounds)
         self._verify = self._solver_is_open = False
@@ -434,8 +434,3 @@ def _in_words(settings: Settings) -> str:
     if settings.solver not in ("auto", "direct"):
         parts.append(f"preconditioner {_name(settings.preconditioner)}")
     return ", ".join([*parts, settings.globalisation.replace("-", " ")])
-
-
-def _restore(buffers: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    for buffer, value in zip(buffers, values, strict=True):
-        buffer.data.copy_(value)

@@ -11,10 +11,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from dhf.coordinator import Coordinator, capture
+from dhf.coordinator import Coordinator
 from dhf.errors import ReplicasDivergedError
-from dhf.evaluation import evaluate, micro_batch_seeds
 from dhf.objective import Objective
+from dhf.operator import loss_at
 from dhf.optim.damping import reduction_ratio, rounding
 from dhf.optim.line_search import armijo, backtrack, logarithmic_grid
 from dhf.parameters import Parameters
@@ -91,7 +91,6 @@ class Trial:
         self._point = point
         self._eps = torch.finfo(point.parameters.dtype).eps
         self._tolerance = rounding(point.loss, self._eps)
-        self._seeds = micro_batch_seeds(point.seed, point.coordinator.comm.rank, len(point.shard))
         self.evaluations = 0
 
     def whole(self, iterate: Iterate, damping: float) -> Tried:
@@ -167,11 +166,6 @@ class Trial:
         at = self._point
         trial = torch.add(at.theta, d, alpha=length)
         at.parameters.write(trial)
-        sums, failure = capture(lambda: evaluate(at.objective, at.parameters.device, at.shard, self._seeds))
-        decay = 0.0
-        if at.coordinator.comm.rank == 0 and at.objective.weight_decay:
-            decay = 0.5 * at.objective.weight_decay * float(trial.double().square().sum())
-        loss_sum, weight = sums or (0.0, 0.0)
-        loss_sum, weight, decay = at.coordinator.reduce([loss_sum, weight, decay], failure=failure)
+        value = loss_at(trial, at.objective, at.shard, at.coordinator, seed=at.seed)
         self.evaluations += 1
-        return loss_sum / weight + decay
+        return value
