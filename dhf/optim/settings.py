@@ -117,9 +117,6 @@ PRESETS = {
     ),
 }
 
-# what to take where a true Hessian is asked for: it is indefinite away from minima
-_FOR_HESSIAN = {"solver": "steihaug", "globalisation": "trust-region"}
-
 
 def choose_preset(objective: Objective) -> str:
     """The preset that ``"auto"`` stands for: by the objective, and for squared errors by the dtype."""
@@ -146,21 +143,22 @@ def resolve(preset: str, objective: Objective, chosen: dict[str, Any]) -> tuple[
     if given.get("preconditioner") == "auto":
         del given["preconditioner"]
     base = PRESETS[name]
-    if name == "newton" and given.get("curvature", "hessian") != "hessian":
-        base = dataclasses.replace(base, solver="cg", globalisation="levenberg-marquardt", preconditioner="kfac")
-    if given.get("curvature") == "hessian":
-        base = dataclasses.replace(base, **{k: v for k, v in _FOR_HESSIAN.items() if k not in given})  # type: ignore[arg-type]
-        if given.get("solver", "steihaug") != "steihaug":
-            base = dataclasses.replace(base, globalisation="levenberg-marquardt")
+    curvature = given.get("curvature", base.curvature)
+    if curvature == "hessian":  # indefinite away from minima
+        base = dataclasses.replace(base, solver="steihaug")
+    elif base.curvature == "hessian":
+        base = dataclasses.replace(base, solver="cg", preconditioner="kfac")
     elif base.solver == "auto":
-        iterative = "cgls" if objective.is_least_squares else "cg"
-        if given.get("curvature") == "fisher" or given.get("curvature_fraction", 1.0) < 1:
+        if curvature == "fisher" or given.get("curvature_fraction", 1.0) < 1:
             base = dataclasses.replace(base, solver="cg")
-        elif "preconditioner" in given:
-            base = dataclasses.replace(base, solver=iterative)  # direct would have no use for it
+        elif "preconditioner" in given:  # direct would have no use for it
+            base = dataclasses.replace(base, solver="cgls" if objective.is_least_squares else "cg")
     settings = dataclasses.replace(base, **given)
-    if settings.solver == "steihaug" and "globalisation" not in given:
-        settings = dataclasses.replace(settings, globalisation="trust-region")
+    if "globalisation" not in given:
+        if settings.solver == "steihaug":
+            settings = dataclasses.replace(settings, globalisation="trust-region")
+        elif curvature == "hessian" or settings.globalisation == "trust-region":
+            settings = dataclasses.replace(settings, globalisation="levenberg-marquardt")
     _check(settings, objective)
     return name, settings
 

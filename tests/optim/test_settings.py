@@ -48,6 +48,14 @@ def test_a_true_hessian_goes_into_a_trust_region(preset):
     assert (settings.solver, settings.globalisation) == ("minres", "levenberg-marquardt")
 
 
+def test_another_solver_than_the_trust_regions_is_steered_by_damping():
+    objective = CHOICES[5][0]  # for which the preset is newton
+    _, settings = resolve("auto", objective, {"solver": "cg"})
+    assert (settings.curvature, settings.solver, settings.globalisation) == ("hessian", "cg", "levenberg-marquardt")
+    _, settings = resolve("auto", objective, {"curvature": "ggn"})
+    assert (settings.solver, settings.preconditioner, settings.globalisation) == ("cg", "kfac", "levenberg-marquardt")
+
+
 def test_a_preconditioner_is_not_asked_for_in_vain():
     objective = dhf.LeastSquares(deep())
     assert resolve("auto", objective, {})[1].solver == "auto"
