@@ -1,6 +1,6 @@
 """python -m dhf.train: read the configuration, join the ranks, and run.
 
-Under torchrun or srun every process is a rank; alone, it is one process that does the same.
+Under torchrun, srun or mpirun every process is a rank; alone, it is one process that does the same.
 """
 
 from __future__ import annotations
@@ -39,17 +39,29 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         try:
             return Trainer(config, comm, stop).execute()
+        except BaseException as error:  # sys.exit() in a user's code, for one: the others do not know
+            code = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else EXIT_RANKS
+            print(f"error: rank {comm.rank} left the run: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            comm.abandon(code or EXIT_RANKS)
+            raise
         finally:
             comm.close()
 
 
 def _complain(error: Exception, code: int) -> int:
     """Say an error that comes before the ranks know one another: once, by rank 0 where a launcher has numbered them."""
-    launched = "MASTER_ADDR" in os.environ and "WORLD_SIZE" in os.environ
-    rank = os.environ.get("RANK", "0") if launched else "0"
+    rank = _own_rank()
     if rank == "0" or isinstance(error, CommunicationError):
         print(f"error: {error}", file=sys.stderr, flush=True)
     return code
+
+
+def _own_rank() -> str:
+    """This process's rank by what its launcher says, "0" without one."""
+    if "RANK" in os.environ and "MASTER_ADDR" not in os.environ:  # of some other program
+        return "0"
+    names = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
+    return next((os.environ[name] for name in names if name in os.environ), "0")
 
 
 @contextlib.contextmanager
@@ -57,7 +69,7 @@ def _plain_warnings() -> Iterator[None]:
     """Show warnings as one line each, by the first rank alone."""
 
     def show(message: Warning | str, *_: Any) -> None:
-        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+        if _own_rank() == "0":
             print(f"warning: {message}", file=sys.stderr, flush=True)
 
     with warnings.catch_warnings():

@@ -34,7 +34,7 @@ print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())')"
   fi
   echo "set-up: installing dhf[$extras] (once; torch is a large download)"
   "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check \
-    --constraint "$ROOT/launch/constraints.txt" --editable "$ROOT[$extras]" || {
+    --constraint "$ROOT/launch/constraints.txt" --editable "${ROOT}[$extras]" || {
     echo "error: pip could not install dhf[$extras]; see above" >&2
     return 2
   }

@@ -2,7 +2,8 @@
 
 from dhf.comm.communicator import Communicator
 from dhf.comm.connect import connect
+from dhf.comm.mpi import Mpi
 from dhf.comm.serial import Serial
 from dhf.comm.torch_distributed import TorchDistributed
 
-__all__ = ["Communicator", "Serial", "TorchDistributed", "connect"]
+__all__ = ["Communicator", "Mpi", "Serial", "TorchDistributed", "connect"]

@@ -7,7 +7,25 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["Communicator"]
+__all__ = ["Communicator", "Done", "Pending"]
+
+
+class Pending(Protocol):
+    """A collective that has been started."""
+
+    def wait(self) -> None:
+        """Return once it is done.
+
+        Raises:
+            CommunicationError: As the collective itself would have.
+        """
+
+
+class Done:
+    """A collective that was over when it was started."""
+
+    def wait(self) -> None:
+        """Return at once."""
 
 
 class Communicator(Protocol):
@@ -17,9 +35,10 @@ class Communicator(Protocol):
         rank: This rank, 0 to size - 1.
         size: Number of ranks.
         device: Where this rank's tensors live.
-        backend: ``"serial"``, ``"gloo"`` or ``"nccl"``.
+        backend: ``"serial"``, ``"gloo"``, ``"nccl"`` or ``"mpi"``.
         collectives: Tensor collectives started so far; object gathers and barriers are not counted.
         attempt: How often the launcher has restarted the ranks.
+        notices: Whether ranks notice at once that another has left.
     """
 
     rank: int
@@ -28,6 +47,7 @@ class Communicator(Protocol):
     backend: str
     collectives: int
     attempt: int
+    notices: bool
 
     def all_reduce(self, buffer: Tensor) -> None:
         """Sum a contiguous float32, float64 or int64 tensor over the ranks, in place.
@@ -37,6 +57,20 @@ class Communicator(Protocol):
         Raises:
             CommunicationError: If a rank is gone or the timeout has passed; it names the ranks that are missing.
         """
+
+    def start_all_reduce(self, buffer: Tensor) -> Pending:
+        """As :meth:`all_reduce`, without waiting; nobody may touch the buffer until :meth:`Pending.wait` has returned."""
+
+    def reduce_scatter(self, buffer: Tensor, out: Tensor) -> None:
+        """Sum over the ranks, of which rank r receives the r-th of ``size`` equal pieces.
+
+        Args:
+            buffer: Contiguous, shape (size · k,); its content is undefined afterwards.
+            out: This rank's piece of the sum, shape (k,).
+        """
+
+    def all_gather(self, piece: Tensor, out: Tensor) -> None:
+        """Every rank's piece of shape (k,), in rank order, into ``out`` of shape (size · k,); both contiguous."""
 
     def broadcast(self, buffer: Tensor, source: int = 0) -> None:
         """Overwrite ``buffer`` with that of rank ``source``."""
@@ -49,6 +83,14 @@ class Communicator(Protocol):
 
     def remember(self, name: str, value: str) -> str:
         """The value first given under this name by any rank in any attempt of this launch; not a collective."""
+
+    def abandon(self, code: int, patience: float = 0.0) -> None:
+        """This rank leaves by itself, with an exit code; where others would wait for it for ever, they are ended as well.
+
+        Args:
+            code: The exit code.
+            patience: Seconds that another rank has to do the same first.
+        """
 
     def close(self) -> None:
         """Leave the group and free its sockets. Calling it twice does nothing."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
+from dhf.comm.mpi import Mpi, check_size, load
 from dhf.comm.serial import Serial
 from dhf.comm.torch_distributed import TorchDistributed
 from dhf.errors import CommunicationError, RanksDifferError, UsageError
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Launch", "connect", "detect"]
 
-_BACKENDS = ("auto", "nccl", "gloo", "serial")
+_BACKENDS = ("auto", "nccl", "gloo", "mpi", "serial")
 _stores: dict[tuple[str, int, str], dist.Store] = {}
 _connections = 0
 
@@ -33,8 +34,8 @@ class Launch:
     """How this process was started.
 
     Attributes:
-        launcher: ``"torchrun"`` (or anything that sets its variables), ``"slurm"``, ``"torch.distributed"`` (a group that is
-            open already) or ``"none"``.
+        launcher: ``"torchrun"`` (or anything that sets its variables), ``"slurm"``, ``"mpirun"``, ``"torch.distributed"`` (a
+            group that is open already) or ``"none"``.
         rank: This rank.
         size: Number of ranks.
         local_rank: This rank's number on its host.
@@ -57,11 +58,11 @@ class Launch:
 def connect(
     backend: str = "auto", *, device: str = "auto", timeout: float = 300.0, threads: int | None = None
 ) -> Communicator:
-    """Join the ranks that torchrun or srun started, or be the only one.
+    """Join the ranks that torchrun, srun or mpirun started, or be the only one.
 
     Args:
-        backend: ``"auto"`` takes NCCL where every rank of this host has a GPU of its own, gloo otherwise, and serial
-            for one process; or ``"nccl"``, ``"gloo"``, ``"serial"``.
+        backend: ``"auto"`` takes NCCL where every rank of this host has a GPU of its own, else MPI under mpirun and gloo under
+            torchrun and srun, and serial for one process; or ``"nccl"``, ``"gloo"``, ``"mpi"``, ``"serial"``.
         device: ``"auto"``, ``"cpu"`` or ``"cuda"``. Rank r of a host takes GPU r (gloo ranks share GPUs if there are fewer).
         timeout: Seconds after which a rank that does not come, or leaves a collective waiting, is an error.
         threads: Intra-operation threads per rank; by default the cores this process may use, divided by the ranks
@@ -93,7 +94,13 @@ def connect(
     _set_threads(launch, threads)
     if backend == "serial":
         return Serial(place)
-    if dist.is_initialized():
+    comm: Communicator
+    if backend == "mpi":
+        comm = Mpi(place, timeout=timeout, attempt=int(launch.attempt))
+        if comm.size == 1 and launch.launcher == "none":
+            comm.close()
+            raise UsageError("--backend mpi needs ranks: start with mpirun or srun --mpi=pmi2, or use --backend serial")
+    elif dist.is_initialized():
         comm = TorchDistributed(place, backend, timeout=timeout)
     else:
         _stay_on_this_host(launch)
@@ -148,16 +155,13 @@ def detect(environment: Mapping[str, str]) -> Launch:
     """
     if "RANK" in environment or "WORLD_SIZE" in environment:
         return _from_torchrun(environment)
+    # first, since mpirun may itself use srun to start a daemon per node, whose variables the ranks inherit
+    if "OMPI_COMM_WORLD_SIZE" in environment or "MPI_LOCALNRANKS" in environment:
+        return _from_mpirun(environment)
     # srun sets SLURM_STEP_NUM_TASKS for its tasks alone; a batch script has SLURM_NTASKS but is one process
     if int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and "SLURM_PROCID" in environment:
         return _from_slurm(environment)
-    for variable in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
-        if int(environment.get(variable, "1")) > 1:
-            raise UsageError(
-                f"mpirun started {environment[variable]} processes ({variable}), which dhf would run as that many separate "
-                "jobs; start them with torchrun or srun"
-            )
-    return Launch("none")
+    return _from_mpirun(environment) if "PMI_SIZE" in environment else Launch("none")
 
 
 def _from_torchrun(environment: Mapping[str, str]) -> Launch:
@@ -184,6 +188,28 @@ def _from_torchrun(environment: Mapping[str, str]) -> Launch:
         environment["MASTER_ADDR"],
         port,
         environment.get("TORCHELASTIC_RESTART_COUNT", "0"),
+    )
+
+
+def _from_mpirun(environment: Mapping[str, str]) -> Launch:
+    """By the variables of Open MPI, or of MPICH and its kin."""
+
+    def number(default: int, *names: str) -> int:
+        return next((int(environment[name]) for name in names if name in environment), default)
+
+    size = number(1, "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+    if size == 1:
+        return Launch("none")
+    rank = number(0, "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+    return Launch(
+        "mpirun",
+        rank,
+        size,
+        number(rank, "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID"),
+        number(size, "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS"),
+        environment.get("MASTER_ADDR", ""),
+        int(environment.get("MASTER_PORT") or 0),
+        environment.get("SLURM_RESTART_COUNT", "0"),
     )
 
 
@@ -238,8 +264,13 @@ def _choose(launch: Launch, backend: str, device: str) -> tuple[str, torch.devic
         if launch.size == 1 and launch.launcher == "none":
             backend = "serial"
         else:
-            backend = "nccl" if on_gpu and gpus >= launch.local_size else "gloo"
-    elif backend != "serial" and launch.launcher == "none":
+            others = "mpi" if launch.launcher == "mpirun" else "gloo"
+            backend = "nccl" if on_gpu and gpus >= launch.local_size else others
+    elif backend == "mpi" and launch.launcher in ("torchrun", "torch.distributed"):
+        raise UsageError(
+            f"--backend mpi needs ranks that MPI knows, and {launch.launcher} started these; use mpirun or srun"
+        )
+    elif backend not in ("serial", "mpi") and launch.launcher == "none":
         raise UsageError(f"--backend {backend} needs ranks: start with torchrun or srun, or use --backend serial")
     if not on_gpu:
         return backend, torch.device("cpu")
@@ -258,7 +289,7 @@ def _set_threads(launch: Launch, threads: int | None) -> None:
 
 def _stay_on_this_host(launch: Launch) -> None:
     """Where all ranks are known to be on one host, let gloo listen on its loopback interface alone."""
-    known = launch.launcher == "slurm" or "LOCAL_WORLD_SIZE" in os.environ
+    known = launch.launcher in ("slurm", "mpirun") or "LOCAL_WORLD_SIZE" in os.environ
     loopback = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
     if known and launch.local_size == launch.size and loopback:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
@@ -273,6 +304,8 @@ def _store(launch: Launch, timeout: float) -> tuple[dist.Store, dist.Store]:
         if key not in _stores:
             if launch.launcher == "torchrun":
                 store, _, _ = next(dist.rendezvous("env://", launch.rank, launch.size, timeout=limit))
+            elif launch.launcher == "mpirun" and not (launch.address and launch.port):
+                store = _store_found_by_mpi(launch, limit)
             else:
                 _check_resolves(launch.address)
                 store = dist.TCPStore(launch.address, launch.port, launch.size, launch.rank == 0, limit)
@@ -287,6 +320,31 @@ def _store(launch: Launch, timeout: float) -> tuple[dist.Store, dist.Store]:
     _connections += 1
     base = _stores[key]
     return base, dist.PrefixStore(f"dhf/attempt{launch.attempt}/connection{_connections}", base)
+
+
+def _store_found_by_mpi(launch: Launch, limit: datetime.timedelta) -> dist.Store:
+    """A store on a free port of rank 0, which tells the others by an MPI broadcast."""
+    world = load().COMM_WORLD
+    check_size(world.Get_size(), os.environ)
+    store, place = None, None
+    if launch.rank == 0:
+        address = launch.address or ("127.0.0.1" if launch.local_size == launch.size else _own_address())
+        store = dist.TCPStore(address, 0, launch.size, True, limit, wait_for_workers=False)
+        place = address, store.port
+    address, port = world.bcast(place)
+    return store or dist.TCPStore(address, port, launch.size, False, limit)
+
+
+def _own_address() -> str:
+    """An address of this host that other hosts may reach."""
+    address = socket.gethostbyname(socket.gethostname())
+    if not address.startswith("127."):
+        return address
+    with socket.socket(
+        socket.AF_INET, socket.SOCK_DGRAM
+    ) as probe:  # nothing is sent; the kernel only looks for a route
+        probe.connect(("192.0.2.1", 9))
+        return str(probe.getsockname()[0])
 
 
 def _check_resolves(host: str) -> None:

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dhf.comm.communicator import Pending
 from dhf.errors import CommunicationError
 
 __all__ = ["TorchDistributed"]
@@ -44,6 +45,7 @@ class TorchDistributed:
         CommunicationError: If not all ranks come within the timeout.
     """
 
+    notices = True
     _open = _made = 0
     _owns_default = False
 
@@ -92,6 +94,23 @@ class TorchDistributed:
         self.collectives += 1
         self._call("all-reduce", lambda: dist.all_reduce(buffer, group=self._group(buffer)))
 
+    def start_all_reduce(self, buffer: Tensor) -> Pending:
+        """As :meth:`all_reduce`, without waiting; gloo's threads or NCCL's stream go on with it."""
+        self.collectives += 1
+        started = self._call("all-reduce", lambda: dist.all_reduce(buffer, group=self._group(buffer), async_op=True))
+        return _Started(lambda: self._call("all-reduce", started.wait))
+
+    def reduce_scatter(self, buffer: Tensor, out: Tensor) -> None:
+        """This rank's piece of the sum; see :class:`Communicator`."""
+        self.collectives += 1
+        group = self._group(buffer)
+        self._call("reduce-scatter", lambda: dist.reduce_scatter_tensor(out, buffer, group=group))
+
+    def all_gather(self, piece: Tensor, out: Tensor) -> None:
+        """Every rank's piece, in rank order; see :class:`Communicator`."""
+        self.collectives += 1
+        self._call("all-gather", lambda: dist.all_gather_into_tensor(out, piece, group=self._group(piece)))
+
     def broadcast(self, buffer: Tensor, source: int = 0) -> None:
         """Overwrite with the buffer of rank ``source``."""
         self.collectives += 1
@@ -114,6 +133,9 @@ class TorchDistributed:
             return value
         store, key = self._launch_store, f"dhf/launch/{name}"
         return self._call("look-up in the launcher's store", lambda: store.compare_set(key, "", value)).decode()
+
+    def abandon(self, code: int, patience: float = 0.0) -> None:
+        """Closed connections tell the others; see :class:`Communicator`."""
 
     def close(self) -> None:
         """Destroy this communicator's groups, and torch's default group if dhf made it and nobody else uses it."""
@@ -189,3 +211,14 @@ class TorchDistributed:
             else f"stopped, or busy for longer than the timeout of {self._timeout.total_seconds():g} s"
         )
         return CommunicationError(f"{names} missing in {what}: {fate} ({cause})", missing, tuple(here))
+
+
+class _Started:
+    """A collective under way, whose errors are told as those of any other."""
+
+    def __init__(self, wait: Callable[[], object]) -> None:
+        self._wait = wait
+
+    def wait(self) -> None:
+        """Return once it is done."""
+        self._wait()

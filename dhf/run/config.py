@@ -19,8 +19,8 @@ __all__ = ["PHASE_SETTINGS", "Config", "parse", "to_yaml"]
 _USAGE = "python -m dhf.train [--config FILE] [--SETTING VALUE ...]"
 
 _DESCRIPTION = """\
-Train a model by distributed Hessian-free optimisation. Started by torchrun, every process is a rank; started alone, it is
-one process that does the same, for debugging.
+Train a model by distributed Hessian-free optimisation. Started by torchrun, srun or mpirun, every process is a rank; started
+alone, it is one process that does the same, for debugging.
 
   python -m dhf.train
   torchrun --nproc_per_node=4 -m dhf.train --steps 50 --run-dir runs/first
@@ -102,7 +102,7 @@ class Config:
     curvature_fraction: float | None = _hf(None, "share of a step's samples that curvature is taken on")
 
     device: Literal["auto", "cpu", "cuda"] = _ranks("auto", "where ranks compute")
-    backend: Literal["auto", "nccl", "gloo", "serial"] = _ranks("auto", "how ranks talk")
+    backend: Literal["auto", "nccl", "gloo", "mpi", "serial"] = _ranks("auto", "how ranks talk")
     threads: int | None = _ranks(None, "threads per rank; the cores shared out by default")
     timeout: float = _ranks(300.0, "seconds to wait for a rank before giving up")
     deterministic: bool = _ranks(False, "use torch's deterministic algorithms")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 from collections import deque
 from typing import Any
@@ -27,7 +28,8 @@ class Monitor:
 
     def __init__(self, visible: bool, title: str) -> None:
         self.visible, self._title = visible, title
-        self._console = Console(highlight=False)
+        # Open MPI gives its ranks a terminal of their own, whatever its own output goes to
+        self._console = Console(highlight=False, force_terminal=False if "OMPI_COMM_WORLD_SIZE" in os.environ else None)
         self._rows: deque[list[str]] = deque(maxlen=_ROWS)
         self._extra: list[str] = []
         self._live: Live | None = None

@@ -280,7 +280,9 @@ class Trainer:
     def _end(self, reason: Reason, failure: Exception | None) -> int:
         """Save what can be saved, write the result, and say how it went; the exit code."""
         together = failure is None or self.comm.size == 1 or isinstance(failure, SHARED)
-        speaks = self.comm.rank == speaker(failure)
+        # where the others do not notice that this rank leaves, nobody but it can tell
+        last_words = not together and not self.comm.notices and not isinstance(failure, CommunicationError)
+        speaks = last_words or self.comm.rank == speaker(failure)
         if failure is not None:
             explain(failure, speaks=speaks)
             if self.claimed and self.step > self.first_step:
@@ -304,6 +306,8 @@ class Trainer:
             # a rank that leaves first would have the launcher end the others
             with contextlib.suppress(CommunicationError):
                 self.comm.barrier(timeout=min(_LEAVING, self.config.timeout))
+        else:
+            self.comm.abandon(code, patience=0.0 if speaks else _LEAVING)
         return code
 
     def _ending(self, reason: Reason, code: int, failure: Exception | None) -> Ending:
