@@ -29,7 +29,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from dhf.comm import Communicator
+from dhf.comm import Communicator, Pending
 from dhf.errors import PerSampleError, RankError, RanksDifferError, ReplicasDivergedError, StaleGraphError, UsageError
 from dhf.reason import Reason
 
@@ -65,7 +65,7 @@ class Coordinator:
         WIDTH: Numbers in a status word.
         MARK: Numbers in which a mark travels.
         stopping: Reason.INTERRUPTED or Reason.TIME_LIMIT once all ranks know of it, else None.
-        seconds_waiting: Time this rank has spent in all-reduces: waiting for slower ranks, and for the network. On a GPU with
+        seconds_waiting: Time this rank has spent in collectives: waiting for slower ranks, and for the network. On a GPU with
             NCCL, whose collectives are queued, this is the time of handing them over.
         non_finite: The ranks that put NaN or infinity into the last product that held any, each with what its search found.
     """
@@ -166,6 +166,49 @@ class Coordinator:
         began = time.perf_counter()
         self.comm.all_reduce(buffer)
         self.seconds_waiting += time.perf_counter() - began
+
+    def start_all_reduce(self, buffer: Tensor) -> Pending:
+        """The communicator's sum, started; :meth:`wait` times what is left of it."""
+        return self.comm.start_all_reduce(buffer)
+
+    def wait(self, pending: Pending) -> None:
+        """Until what was started is done."""
+        began = time.perf_counter()
+        pending.wait()
+        self.seconds_waiting += time.perf_counter() - began
+
+    def reduce_scatter(self, buffer: Tensor, out: Tensor) -> None:
+        """The communicator's, timed."""
+        began = time.perf_counter()
+        self.comm.reduce_scatter(buffer, out)
+        self.seconds_waiting += time.perf_counter() - began
+
+    def all_gather(self, piece: Tensor, out: Tensor) -> None:
+        """The communicator's, timed."""
+        began = time.perf_counter()
+        self.comm.all_gather(piece, out)
+        self.seconds_waiting += time.perf_counter() - began
+
+    def total(self, function: Callable[[], Tensor | None], shape: Sequence[int], like: Tensor) -> Tensor:
+        """The sum over ranks of what each one's function returns, with the status riding along; the same bits on every rank.
+
+        Args:
+            function: Returns a tensor of ``shape``, or None for zeros; where it fails on a rank, all ranks raise.
+            shape: The same on every rank.
+            like: Has the dtype and device of the sum.
+
+        Raises:
+            UsageError, RankError: As :meth:`read`.
+        """
+        size = math.prod(shape)
+        buffer = torch.zeros(size + self.WIDTH, dtype=like.dtype, device=like.device)
+        value, failure = capture(function)
+        if value is not None:
+            buffer[:size] = value.reshape(-1)
+        self.fill(buffer[size:], failure=failure)
+        self.all_reduce(buffer)
+        self.read(buffer[size:])
+        return buffer[:size].view(*shape)
 
     def reduce(self, values: Sequence[float], *, failure: BaseException | None = None) -> list[float]:
         """Sum a few float64 numbers over the ranks, with the status riding along; identical on every rank.

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
+from dhf.comm.interface import interface_of, is_loopback, route
 from dhf.comm.mpi import Mpi, check_size, load
 from dhf.comm.serial import Serial
 from dhf.comm.torch_distributed import TorchDistributed
@@ -105,6 +106,7 @@ def connect(
     else:
         _stay_on_this_host(launch)
         base, store = _store(launch, timeout)
+        _reach_other_hosts(launch, store)
         comm = TorchDistributed(
             place,
             backend,
@@ -289,10 +291,41 @@ def _set_threads(launch: Launch, threads: int | None) -> None:
 
 def _stay_on_this_host(launch: Launch) -> None:
     """Where all ranks are known to be on one host, let gloo listen on its loopback interface alone."""
-    known = launch.launcher in ("slurm", "mpirun") or "LOCAL_WORLD_SIZE" in os.environ
     loopback = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
-    if known and launch.local_size == launch.size and loopback:
+    if _knows_hosts(launch) and launch.local_size == launch.size and loopback:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
+
+
+def _reach_other_hosts(launch: Launch, store: dist.Store) -> None:
+    """Where ranks are on several hosts, let gloo listen on the interface that the way to the meeting host leads over.
+
+    gloo itself takes the address that the host's own name resolves to: on Debian 127.0.1.1, where no other host finds it.
+    The meeting host, which holds the store, may know itself so, too; it learns its address from the others.
+    """
+    if not _knows_hosts(launch) or launch.local_size == launch.size or not launch.address:
+        return
+    way = route(launch.address)
+    if way is None:
+        return
+    here, there = way
+    if not is_loopback(here):
+        store.compare_set("address", "", there)
+    if "GLOO_SOCKET_IFNAME" in os.environ:
+        return
+    try:
+        name = interface_of(store.get("address").decode() if is_loopback(here) else here)
+    except RuntimeError as error:
+        raise CommunicationError(
+            f"rank {launch.rank} of {launch.size}: no rank of another host came to {launch.address}:{launch.port} in time: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    if name is not None:
+        os.environ["GLOO_SOCKET_IFNAME"] = name
+
+
+def _knows_hosts(launch: Launch) -> bool:
+    """Whether the launcher has said how many ranks this host has."""
+    return launch.launcher in ("slurm", "mpirun") or "LOCAL_WORLD_SIZE" in os.environ
 
 
 def _store(launch: Launch, timeout: float) -> tuple[dist.Store, dist.Store]:

@@ -168,23 +168,27 @@ class Mpi:
         if self._lost is not None:
             raise self._lost
         limit = self._timeout if timeout is None else timeout
-        began = time.monotonic()
         cause = ""
         try:
-            while not request.Test():
-                waited = time.monotonic() - began
-                if waited > limit:
-                    break
-                if waited < _EAGER:
-                    _yield_core()
-                else:
-                    time.sleep(_NAP)
-            else:
+            if self._is_done(request, limit):
                 return
         except self._mpi.Exception as error:
             cause = str(error).splitlines()[0]
         self._lost = self._describe(what, limit, cause)
         raise self._lost
+
+    def _is_done(self, request: MPI.Request, limit: float, *, heeds_calls: bool = True) -> bool:
+        """Whether the request is done within ``limit`` seconds, and before a call to the roll where this rank heeds one."""
+        began = time.monotonic()
+        while not request.Test():
+            waited = time.monotonic() - began
+            if waited < _EAGER:
+                _yield_core()
+            elif waited > limit or (heeds_calls and self._calls.Iprobe(self._mpi.ANY_SOURCE, _ROLL_CALL_TAG)):
+                return False
+            else:
+                time.sleep(_NAP)
+        return True
 
     def _describe(self, what: str, limit: float, cause: str) -> CommunicationError:
         here = self._roll_call()
@@ -223,11 +227,13 @@ class Mpi:
         self.abandon(1)
 
     def _on_exit(self) -> None:
-        """This rank ends without having closed: the others may end as well, or wait for it."""
+        """This rank ends without having closed: the others may end as well, or wait for it; they then have the time to name it."""
         if self._lost is None:
-            with contextlib.suppress(CommunicationError):
-                self._wait(self._comm.Ibarrier(), "barrier at exit")
-                return
+            with contextlib.suppress(self._mpi.Exception):
+                # not among the collectives: MPI would take it for whichever of them the others are in, with wrong sums
+                barrier = self._calls.Ibarrier()
+                if self._is_done(barrier, self._timeout + 2 * _ROLL_CALL, heeds_calls=False):
+                    return
             print(f"error: rank {self.rank} of {self.size} has ended while others go on", file=sys.stderr)
         self.abandon(5)
 
@@ -236,7 +242,7 @@ _made: list[Any] = []
 
 
 def _duplicates(world: Any) -> tuple[Any, Any]:
-    """Two duplicates of the world, made once for all communicators of this process: for collectives, and for roll-calls."""
+    """Two duplicates of the world, made once for all communicators of this process: for collectives, and for the rest."""
     if not _made:
         _made.extend((world.Dup(), world.Dup()))
     return _made[0], _made[1]

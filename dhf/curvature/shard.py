@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -137,13 +138,22 @@ class ShardCurvature:
             with naming_micro_batch(kept.index):
                 kept.graph.begin(first_row + kept.first_row)
 
-    def product(self, v: Tensor, out: Tensor, multiply: Multiply = own_product) -> None:
+    def product(
+        self,
+        v: Tensor,
+        out: Tensor,
+        multiply: Multiply = own_product,
+        *,
+        ready: Callable[[int], None] | None = None,
+    ) -> None:
         """This shard's share of the global product, ``Σ count/total · A_j v``, into ``out`` of shape (n,).
 
         Args:
             v: Shape (n,).
             out: Shape (n,); overwritten.
             multiply: Another product of the graphs than their own.
+            ready: Called with the index of each parameter as soon as its part of ``out`` is final, while the last micro-batch's
+                product goes on. The numbers are the same without.
 
         Raises:
             StaleGraphError: If a parameter has moved since the graphs were built.
@@ -156,6 +166,9 @@ class ShardCurvature:
             for i, kept in enumerate(self._kept):
                 weight = kept.count / self._total
                 with naming_micro_batch(kept.index):
+                    if ready is not None and i == len(self._kept) - 1:
+                        self._stream(kept.graph, pieces_of_v, weight, out, multiply, ready, first=i == 0)
+                        continue
                     pieces = multiply(kept.graph, pieces_of_v, weight)
                 if i == 0:
                     self._parameters.flatten(pieces, out=out)
@@ -164,6 +177,36 @@ class ShardCurvature:
                 else:
                     for view, piece in zip(self._parameters.split(out), pieces, strict=True):
                         view.add_(piece, alpha=weight)
+
+    def _stream(
+        self,
+        graph: Graph,
+        v: Sequence[Tensor],
+        weight: float,
+        out: Tensor,
+        multiply: Multiply,
+        ready: Callable[[int], None],
+        *,
+        first: bool,
+    ) -> None:
+        """One micro-batch's product, each parameter's part of it taken as the backward pass has finished with it."""
+        views, taken = self._parameters.split(out), set()
+
+        def take(i: int, piece: Tensor) -> None:
+            if first:
+                torch.mul(piece, weight, out=views[i])
+            else:
+                views[i].add_(piece, alpha=weight)
+            taken.add(i)
+            ready(i)
+
+        with contextlib.ExitStack() as stack:
+            for i, p in enumerate(self._parameters.tensors):
+                stack.callback(p.register_hook(functools.partial(_hand_on, take, i)).remove)
+            pieces = multiply(graph, v, weight)
+        for i, piece in enumerate(pieces):
+            if i not in taken:
+                take(i, piece)
 
     def add_sums(self, add: AddSums, out: Sequence[Tensor]) -> None:
         """Let every micro-batch add to ``out``, under the random numbers and kernels of its graph.
@@ -188,6 +231,12 @@ class ShardCurvature:
     def close(self) -> None:
         """Free the graphs."""
         self._kept.clear()
+
+
+def _hand_on(take: Callable[[int, Tensor], None], i: int, piece: Tensor) -> None:
+    """A hook that leaves the gradient as it is."""
+    with torch.no_grad():
+        take(i, piece)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
     A v = Σ_ranks Σ_micro-batches (count / N) A_j v + weight_decay v
 
-One all-reduce per product: every rank sums its micro-batches into one flat buffer, whose tail is the status word.
+How the sum over ranks is taken, and what each rank holds of a vector, is the reduction's business.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from dhf.curvature.shard import AddSums, BuildGraph
 from dhf.errors import NonFiniteError, StaleGraphError, UsageError
 from dhf.evaluation import check_module, micro_batch_seeds
 from dhf.objective import Objective, require_objective
+from dhf.operator.reduction import Part, Pieces, Reduced, Reduction, Status, Target, Whole, Work
 from dhf.parameters import Parameters
 from dhf.reason import Reason
-from dhf.vector_space import Replicated, VectorSpace
 
 __all__ = ["GlobalOperator", "Shifted"]
 
 
 class GlobalOperator:
-    """The curvature of the global objective, as a symmetric operator on flat vectors that every rank holds whole.
+    """The curvature of the global objective, as a symmetric operator on flat vectors.
 
     A context manager: the graphs are built when it is made and freed when it is left. Every rank makes it, multiplies
     and leaves it together.
@@ -45,15 +45,19 @@ class GlobalOperator:
         coordinator: How ranks agree; made from ``comm`` by default.
         move_buffers: Whether BatchNorm's running statistics follow this forward pass.
         debug_nonfinite: Whether to search for the sample where a loss, gradient or product is not finite.
+        vectors: ``"replicated"``: every rank holds each vector whole; or ``"sharded"``: one of P equal pieces, shape (k,), the
+            last filled up with zeros. ``space.piece(whole)`` and ``space.whole(piece)`` lead from one to the other.
+        bucket_bytes: With replicated vectors, the all-reduce of a product is cut at parameters into parts of at least this size,
+            each of which starts while the product is still being computed; None for one all-reduce at the end.
 
     Attributes:
         loss: The global objective, weight decay included. Float.
-        gradient: The global gradient, shape (n,), the parameters' dtype and device.
+        gradient: The global gradient, the parameters' dtype and device; shape (n,), or (k,) where vectors are sharded.
         count: Samples (or their total weight) over all ranks.
         rows: Samples of each rank.
         outputs_per_row: Numbers that the objective's outputs hold per sample.
         products: Products taken so far.
-        space: The inner products of these vectors.
+        space: The inner products of these vectors, and what a rank holds of them.
         RIDERS: Numbers that ride with each product besides the status word.
 
     Raises:
@@ -77,12 +81,15 @@ class GlobalOperator:
         coordinator: Coordinator | None = None,
         move_buffers: bool = False,
         debug_nonfinite: bool = False,
+        vectors: str = "replicated",
+        bucket_bytes: int | None = None,
     ) -> None:
         require_objective(objective)
+        if vectors not in ("replicated", "sharded"):
+            raise UsageError(f"vectors {vectors!r} is unknown; choose from replicated, sharded")
         comm = comm if comm is not None else coordinator.comm if coordinator else _serial_for(objective)
         self._coordinator = coordinator or Coordinator(comm)
         self.comm = comm
-        self.space: VectorSpace = Replicated()
         self.products = 0
         check_module(objective.module)
         self.objective, self.seed = objective, seed
@@ -93,6 +100,7 @@ class GlobalOperator:
             "curvature": getattr(getattr(build, "func", build), "__name__", type(build).__name__),
             "weight decay": repr(self._decay),
             "seed": str(seed),
+            "vectors": f"{vectors}, buckets of {bucket_bytes} bytes",
         }
 
         self._search: Callable[[Tensor | None], NonFinite | None] | None = None
@@ -110,11 +118,12 @@ class GlobalOperator:
 
         shard, failure = capture(build_shard)
         self._shard = shard
-        self._buffer = torch.zeros(
-            self.parameters.numel + self.RIDERS + Coordinator.WIDTH,
-            dtype=self.parameters.dtype,
-            device=self.parameters.device,
+        self._reduction: Reduction = (
+            Pieces(self._coordinator, self.parameters, self.RIDERS)
+            if vectors == "sharded" and comm.size > 1
+            else Whole(self._coordinator, self.parameters, self.RIDERS, bucket_bytes)
         )
+        self.space = self._reduction.space
         self._sum_over_ranks(shard, failure)
 
     @property
@@ -136,7 +145,7 @@ class GlobalOperator:
         return self.matvec(v)
 
     def matvec(self, v: Tensor) -> Tensor:
-        """``A v``, a new tensor of shape (n,), from a tensor of shape (n,) that is the same on every rank.
+        """``A v``, a new tensor of v's shape, from a vector that is the same on every rank, or this rank's piece of one.
 
         Raises:
             ValueError: If v has another shape, dtype or device.
@@ -146,7 +155,7 @@ class GlobalOperator:
         """
         product, verdict = self.apply(v)
         if verdict.reason is Reason.NON_FINITE:
-            if not torch.isfinite(v).all():
+            if not all(math.isfinite(x) for x in self.space.dots((v, v))):
                 raise ValueError("the vector of the product holds NaN or infinity itself")
             raise NonFiniteError(
                 f"the product holds NaN or infinity, from {places_in_words(self.non_finite)}; look at its data",
@@ -155,24 +164,35 @@ class GlobalOperator:
         return product.clone()
 
     def apply(
-        self, v: Tensor, proposal: Reason | None = None, failure: Exception | None = None
+        self, v: Tensor, proposal: Reason | None = None, failure: Exception | None = None, shift: float = 0.0
     ) -> tuple[Tensor, Verdict]:
-        """``A v`` and what all ranks agreed, in one collective; the tensor is overwritten by the next product.
+        """``(A + shift·I) v`` and what all ranks agreed; the tensor is overwritten by the next product.
 
         Args:
-            v: Shape (n,).
+            v: Shape (n,), or (k,) where vectors are sharded.
             proposal: Why this rank's solver wants to end, or None to go on.
             failure: What went wrong on this rank since the last product; it is raised on every rank.
+            shift: Added to the diagonal.
         """
-        product, verdict = self._sum(lambda out: self._multiply(v, out), v, proposal, failure)
-        if self._decay:
-            product.add_(v, alpha=self._decay)
-        return product, verdict
+        reduced = self._reduce(self._multiply, v, proposal, failure, [(v, self._decay), (v, shift)])
+        return reduced.product, reduced.verdict
 
     def agree(self, proposal: Reason | None, failure: Exception | None = None) -> Verdict:
-        """What all ranks agreed, with no product of this rank's; in a collective of a product's size, for others may take one."""
-        _, verdict = self._sum(torch.Tensor.zero_, None, proposal, failure)
-        return verdict
+        """What all ranks agreed, with no product of this rank's; in the collectives of a product, for others may take one."""
+        return self._reduce(lambda _, target: target.out.zero_(), None, proposal, failure).verdict
+
+    def spread(self, parts: Sequence[Part], owners: Sequence[int], r: Tensor) -> Tensor:
+        """See :meth:`Reduction.spread`."""
+        return self._reduction.spread(parts, owners, r)
+
+    def total(self, function: Callable[[], Tensor | None], shape: Sequence[int], like: Tensor) -> Tensor:
+        """See :meth:`Coordinator.total`."""
+        return self._coordinator.total(function, shape, like)
+
+    @property
+    def in_pieces(self) -> bool:
+        """Whether a rank holds one piece of each vector."""
+        return isinstance(self._reduction, Pieces)
 
     def sums(self, add: AddSums, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
         """Sums over all samples of what ranks compute each for themselves, in one collective.
@@ -230,31 +250,30 @@ class GlobalOperator:
     def _searching(self, v: Tensor | None) -> Callable[[], NonFinite | None] | None:
         return None if self._search is None else functools.partial(self._search, v)
 
-    def _sum(
-        self, work: Callable[[Tensor], Any], v: Tensor | None, proposal: Reason | None, failure: Exception | None
-    ) -> tuple[Tensor, Verdict]:
-        """Sum over ranks what ``work`` writes into the buffer of the product and its riders, with the status word."""
-        n, width = self.parameters.numel, self.parameters.numel + self.RIDERS
-        summed, word = self._buffer[:width], self._buffer[width:]
-        if failure is None:
-            _, failure = capture(lambda: work(summed))
-        if failure is not None:
-            summed.zero_()
-        moved = self._shard.moved() if self._shard is not None and failure is None else None
-        self._coordinator.fill(word, proposal=proposal, failure=failure, finite=summed.sum(), moved=moved)
-        self._coordinator.all_reduce(self._buffer)
-        verdict = self._coordinator.read(word, search=self._searching(v))
+    def _reduce(
+        self,
+        work: Work,
+        v: Tensor | None,
+        proposal: Reason | None,
+        failure: BaseException | None,
+        add: Sequence[tuple[Tensor, float]] = (),
+    ) -> Reduced:
+        status = Status(proposal, failure, self._moved, self._searching(v))
         self.products += v is not None
-        return summed[:n], verdict
+        return self._reduction.reduce(work, v, status, [(vector, factor) for vector, factor in add if factor])
+
+    def _moved(self) -> Tensor | None:
+        return self._shard.moved() if self._shard is not None else None
 
     def _open_shard(self) -> ShardCurvature:
         if self._shard is None:
             raise StaleGraphError("the operator is closed: its graphs have been freed")
         return self._shard
 
-    def _multiply(self, v: Tensor, out: Tensor) -> None:
+    def _multiply(self, v: Tensor | None, target: Target) -> None:
+        assert v is not None
         self.parameters.check_vector(v)
-        self._open_shard().product(v, out[: self.parameters.numel])
+        self._open_shard().product(v, target.out, ready=target.ready)
 
     def _sum_over_ranks(self, shard: ShardCurvature | None, failure: BaseException | None) -> None:
         """Add up losses, counts and gradients, tell every shard its place, and compare replicas, in two collectives."""
@@ -278,16 +297,19 @@ class GlobalOperator:
         rows = [int(r) for r in rest[: comm.size]]
         self.count, self.rows = total, rows
         self.outputs_per_row = round(widths / known) if known else 0
-        n = self.parameters.numel
-        gradient, word = self._buffer[:n], self._buffer[-Coordinator.WIDTH :]
         _, failure = capture(lambda: self._place(shard, total, sum(rows[: comm.rank])))
-        gradient.copy_(shard.gradient_sum).mul_(1.0 / total if total else 0.0)
-        finite = gradient.sum() + shard.loss_sum
-        coordinate.fill(word, failure=failure, finite=finite)
-        coordinate.all_reduce(self._buffer)
-        verdict = coordinate.read(word, search=self._searching(None))
+
+        def write_gradient(_: Tensor | None, target: Target) -> None:
+            # not finite where the loss is not
+            scale = 1.0 / total if total else 0.0
+            torch.mul(shard.gradient_sum, scale if math.isfinite(shard.loss_sum) else math.nan, out=target.out)
+
+        piece = self.space.piece(theta)
+        reduced = self._reduce(write_gradient, None, None, failure, [(piece, self._decay)])
+        shard.gradient_sum = torch.empty(0)
+        verdict = reduced.verdict
         self.loss = loss_sum / total + decay
-        self.gradient = gradient.clone().add_(theta, alpha=self._decay)
+        self.gradient = reduced.product.clone()
         if verdict.reason is Reason.NON_FINITE:
             raise NonFiniteError(
                 f"the loss is {self.loss:g} and its gradient not finite, from {places_in_words(self.non_finite)}; "
@@ -334,11 +356,10 @@ class Shifted:
         return self.operator.matvec(v).add_(v, alpha=self.damping)
 
     def apply(
-        self, v: Tensor, proposal: Reason | None = None, failure: Exception | None = None
+        self, v: Tensor, proposal: Reason | None = None, failure: Exception | None = None, shift: float = 0.0
     ) -> tuple[Tensor, Verdict]:
         """As :meth:`GlobalOperator.apply`."""
-        product, verdict = self.operator.apply(v, proposal, failure)
-        return product.add_(v, alpha=self.damping), verdict
+        return self.operator.apply(v, proposal, failure, self.damping + shift)
 
     def agree(self, proposal: Reason | None, failure: Exception | None = None) -> Verdict:
         """As :meth:`GlobalOperator.agree`."""

@@ -16,9 +16,11 @@ from torch import Tensor
 from dhf.comm import Communicator
 from dhf.coordinator import Verdict
 from dhf.curvature import GaussNewtonGraph
+from dhf.curvature.shard import Multiply
 from dhf.errors import UsageError
 from dhf.objective import Objective, require_objective
 from dhf.operator.global_operator import GlobalOperator
+from dhf.operator.reduction import Target
 from dhf.reason import Reason
 
 __all__ = ["ResidualJacobian"]
@@ -55,22 +57,24 @@ class ResidualJacobian(GlobalOperator):
         super().__init__(objective, batches, comm=comm, build=GaussNewtonGraph, **options)
 
     def apply(
-        self, v: Tensor, proposal: Reason | None = None, failure: Exception | None = None
+        self, v: Tensor, proposal: Reason | None = None, failure: Exception | None = None, shift: float = 0.0
     ) -> tuple[Tensor, Verdict]:
-        """``A v`` as in :meth:`GlobalOperator.apply`, and :attr:`squared`."""
+        """``(A + shift·I) v`` as in :meth:`GlobalOperator.apply`, and :attr:`squared`, of A alone."""
 
-        def multiply(graph: GaussNewtonGraph, pieces: Sequence[Tensor], weight: float) -> Sequence[Tensor]:
-            Jv = graph.push(pieces)
-            half = graph.output_hessian(Jv)
-            self._add_square(Jv, half, weight)
-            return graph.pull(half)
+        def work(whole: Tensor | None, target: Target) -> None:
+            def multiply(graph: GaussNewtonGraph, pieces: Sequence[Tensor], weight: float) -> Sequence[Tensor]:
+                Jv = graph.push(pieces)
+                half = graph.output_hessian(Jv)
+                target.riders[0] += torch.dot(Jv.reshape(-1), half.reshape(-1)) * weight
+                return graph.pull(half)
 
-        product, verdict = self._sum(lambda out: self._rows(v, out, multiply), v, proposal, failure)
-        self.squared = float(self._buffer[self.parameters.numel])
+            self._rows(whole, target, multiply)
+
+        reduced = self._reduce(work, v, proposal, failure, [(v, self._decay), (v, shift)])
+        self.squared = float(reduced.riders[0])
         if self._decay:
             self.squared += self._decay * self.space.dots((v, v))[0]
-            product.add_(v, alpha=self._decay)
-        return product, verdict
+        return reduced.product, reduced.verdict
 
     def residual(
         self, x: Tensor, proposal: Reason | None = None, failure: Exception | None = None
@@ -80,15 +84,13 @@ class ResidualJacobian(GlobalOperator):
         def multiply(graph: GaussNewtonGraph, pieces: Sequence[Tensor], weight: float) -> Sequence[Tensor]:
             return graph.pull(-(graph.slope + graph.output_hessian(graph.push(pieces))))
 
-        product, verdict = self._sum(lambda out: self._rows(x, out, multiply), x, proposal, failure)
+        decay: list[tuple[Tensor, float]] = []
         if self._decay:
-            product.sub_(self.parameters.read() + x, alpha=self._decay)
-        return product, verdict
+            decay = [(self.space.piece(self.parameters.read()) + x, -self._decay)]
+        reduced = self._reduce(lambda v, target: self._rows(v, target, multiply), x, proposal, failure, decay)
+        return reduced.product, reduced.verdict
 
-    def _rows(self, v: Tensor, out: Tensor, multiply: Any) -> None:
+    def _rows(self, v: Tensor | None, target: Target, multiply: Multiply) -> None:
+        assert v is not None
         self.parameters.check_vector(v)
-        out[self.parameters.numel :] = 0
-        self._open_shard().product(v, out[: self.parameters.numel], multiply)
-
-    def _add_square(self, Jv: Tensor, half: Tensor, weight: float) -> None:
-        self._buffer[self.parameters.numel] += torch.dot(Jv.reshape(-1), half.reshape(-1)) * weight
+        self._open_shard().product(v, target.out, multiply, ready=target.ready)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dhf.reason import Reason
-from dhf.solvers.krylov import StoppingRule, check_preconditioner, run, zero_solution
+from dhf.solvers.krylov import StoppingRule, check_preconditioner, guarded, run, zero_solution
 from dhf.solvers.linear_operator import AgreeingOperator, Agreement, as_operator, check_system
 from dhf.solvers.solution import Iteration, Solution
 from dhf.solvers.symmetry import SymmetryCheck
@@ -81,11 +81,11 @@ def cg(
     check_preconditioner(preconditioner)
     A = as_operator(operator)
     b_norm = math.sqrt(A.space.dots((b, b))[0])
-    stop = StoppingRule.of(b_norm, b.numel(), rtol, atol, max_iterations, progress_tolerance, b.dtype)
+    stop = StoppingRule.of(b_norm, A.space.size(b), rtol, atol, max_iterations, progress_tolerance, b.dtype)
     if b_norm == 0:
         return zero_solution(b)
     symmetry = SymmetryCheck(b.dtype, preconditioned=preconditioner is not None)
-    recursion = ConjugateGradients(A, b, x0, preconditioner or (lambda r: r), symmetry)
+    recursion = ConjugateGradients(A, b, x0, guarded(A, preconditioner), symmetry)
     return run(
         A,
         recursion,

@@ -20,7 +20,7 @@ from torch import Tensor
 from dhf.errors import UsageError
 from dhf.reason import Reason
 from dhf.solvers.cg import ConjugateGradients
-from dhf.solvers.krylov import StoppingRule, check_preconditioner, run, zero_solution
+from dhf.solvers.krylov import StoppingRule, check_preconditioner, guarded, run, zero_solution
 from dhf.solvers.linear_operator import Agreement, Own
 from dhf.solvers.solution import Iteration, Solution
 from dhf.vector_space import Replicated, VectorSpace
@@ -38,9 +38,9 @@ class RowOperator(Protocol):
     squared: float
 
     def apply(
-        self, v: Tensor, proposal: Reason | None = None, failure: Exception | None = None
+        self, v: Tensor, proposal: Reason | None = None, failure: Exception | None = None, shift: float = 0.0
     ) -> tuple[Tensor, Agreement]:
-        """``JᵀJ v``, leaving ``‖J v‖²`` in :attr:`squared`."""
+        """``(JᵀJ + shift·I) v``, leaving ``‖J v‖²`` in :attr:`squared`."""
 
     def agree(self, proposal: Reason | None, failure: Exception | None = None) -> Agreement:
         """The agreement alone."""
@@ -102,10 +102,10 @@ def cgls(
             f"x0 must be {rhs.dtype} of shape {tuple(rhs.shape)} on {rhs.device}, got {x0.dtype} {tuple(x0.shape)}"
         )
     norm = math.sqrt(A.space.dots((rhs, rhs))[0])
-    stop = StoppingRule.of(norm, rhs.numel(), rtol, atol, max_iterations, progress_tolerance, rhs.dtype)
+    stop = StoppingRule.of(norm, A.space.size(rhs), rtol, atol, max_iterations, progress_tolerance, rhs.dtype)
     if norm == 0:
         return zero_solution(rhs)
-    recursion = _LeastSquares(A, rhs, damping, x0, preconditioner or (lambda r: r))
+    recursion = _LeastSquares(A, rhs, damping, x0, guarded(A, preconditioner))
     return run(recursion.damped, recursion, stop, x0=x0, snapshot_ratio=snapshot_ratio, callback=callback)
 
 
@@ -171,8 +171,7 @@ class _Damped:
     def apply(
         self, v: Tensor, proposal: Reason | None = None, failure: Exception | None = None
     ) -> tuple[Tensor, Agreement]:
-        product, agreed = self.A.apply(v, proposal, failure)
-        return product.add_(v, alpha=self.damping), agreed
+        return self.A.apply(v, proposal, failure, self.damping)
 
     def agree(self, proposal: Reason | None, failure: Exception | None = None) -> Agreement:
         return self.A.agree(proposal, failure)
@@ -187,13 +186,13 @@ class _Dense:
         self.gradient = -(J.T @ b)
 
     def apply(
-        self, v: Tensor, proposal: Reason | None = None, failure: Exception | None = None
+        self, v: Tensor, proposal: Reason | None = None, failure: Exception | None = None, shift: float = 0.0
     ) -> tuple[Tensor, Agreement]:
         if failure is not None:
             raise failure
         Jv = self.J @ v
         self.squared = self.space.dots((Jv, Jv))[0]
-        return self.J.T @ Jv, Own(proposal)
+        return (self.J.T @ Jv).add_(v, alpha=shift), Own(proposal)
 
     def agree(self, proposal: Reason | None, failure: Exception | None = None) -> Agreement:
         if failure is not None:

@@ -16,11 +16,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from dhf.errors import CommunicationError, RankError
 from dhf.reason import Reason
-from dhf.solvers.linear_operator import AgreeingOperator, Agreement
+from dhf.solvers.linear_operator import AgreeingOperator, Agreement, HasSpace
 from dhf.solvers.solution import Iterate, Iteration, Solution
 
-__all__ = ["Recursion", "StoppingRule", "check_preconditioner", "run", "zero_solution"]
+__all__ = ["Recursion", "StoppingRule", "check_preconditioner", "guarded", "run", "zero_solution"]
 
 _ACCURACY_SLACK = 2.0
 
@@ -203,6 +204,11 @@ def check_preconditioner(preconditioner: object) -> None:
         )
 
 
+def guarded(A: HasSpace, preconditioner: Callable[[Tensor], Tensor] | None) -> Callable[[Tensor], Tensor]:
+    """The preconditioner, or the identity, so that its failure on one party ends the solve for all."""
+    return (lambda r: r) if preconditioner is None else A.space.guarded(preconditioner)
+
+
 class _Snapshots:
     """Iterates at geometric spacing, O(log k) vectors."""
 
@@ -228,6 +234,8 @@ def _own_work(work: Callable[[], Reason | None]) -> tuple[Reason | None, Excepti
     """Work that takes no product; what fails in it here (a preconditioner, a callback) is told with the next product."""
     try:
         return work(), None
+    except (RankError, CommunicationError):  # from an inner product, in which all parties learn of it
+        raise
     except Exception as error:
         return None, error
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from dhf.reason import Reason
 from dhf.vector_space import Replicated, VectorSpace
 
-__all__ = ["AgreeingOperator", "Agreement", "Own", "as_operator", "check_system"]
+__all__ = ["AgreeingOperator", "Agreement", "HasSpace", "Own", "as_operator", "check_system"]
 
 
 class Agreement(Protocol):
@@ -24,6 +24,14 @@ class Agreement(Protocol):
     @property
     def valid(self) -> bool:
         """False if parties multiplied different vectors, so that the product must be taken again."""
+
+
+class HasSpace(Protocol):
+    """What knows how its vectors are stored."""
+
+    @property
+    def space(self) -> VectorSpace:
+        """The inner products of its vectors, and what of them is held here."""
 
 
 class AgreeingOperator(Protocol):
@@ -90,8 +98,9 @@ def check_system(operator: Any, b: Tensor, x0: Tensor | None) -> None:
         raise ValueError(f"the right-hand side must have shape (n,), got {tuple(b.shape)}")
     if b.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"the right-hand side must be float32 or float64, got {b.dtype}")
-    shape = getattr(operator, "shape", None)
-    if shape is not None and tuple(shape) != (len(b), len(b)):
+    shape, space = getattr(operator, "shape", None), getattr(operator, "space", None)
+    n = len(b) if space is None else space.size(b)
+    if shape is not None and tuple(shape) != (n, n):
         raise ValueError(f"the operator has shape {tuple(shape)}, the right-hand side {tuple(b.shape)}")
     for name in ("dtype", "device"):
         found = getattr(operator, name, None)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from dhf.reason import Reason
 from dhf.solvers.cg import ConjugateGradients
-from dhf.solvers.krylov import StoppingRule, check_preconditioner, run, zero_solution
+from dhf.solvers.krylov import StoppingRule, check_preconditioner, guarded, run, zero_solution
 from dhf.solvers.linear_operator import Agreement, as_operator, check_system
 from dhf.solvers.solution import Iteration, Solution
 from dhf.solvers.symmetry import SymmetryCheck
@@ -84,11 +84,11 @@ def steihaug(
         raise ValueError(f"radius must be positive and finite, got {radius}")
     A = as_operator(operator)
     b_norm = math.sqrt(A.space.dots((b, b))[0])
-    stop = StoppingRule.of(b_norm, b.numel(), rtol, atol, max_iterations, dtype=b.dtype)
+    stop = StoppingRule.of(b_norm, A.space.size(b), rtol, atol, max_iterations, dtype=b.dtype)
     if b_norm == 0:
         return zero_solution(b)
     symmetry = SymmetryCheck(b.dtype, preconditioned=preconditioner is not None)
-    recursion = _Truncated(ConjugateGradients(A, b, None, preconditioner or (lambda r: r), symmetry), float(radius))
+    recursion = _Truncated(ConjugateGradients(A, b, None, guarded(A, preconditioner), symmetry), float(radius))
     solution = run(A, recursion, stop, snapshot_ratio=snapshot_ratio, callback=callback)
     # a direction without positive curvature is agreed on under that name, and told under that of where it led
     curved = solution.reason is Reason.NEGATIVE_CURVATURE

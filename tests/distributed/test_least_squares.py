@@ -107,7 +107,7 @@ def test_cgls_on_ranks(kind: str, decay: float, size: int, shards: str, micro_ba
         assert relative_error(mine, numbers) < 1e-12
         assert torch.equal(mine, found[0][1])
         assert solution.reason is dhf.Reason.RESIDUAL_TOLERANCE
-        assert abs(solution.iterations - alone.iterations) <= 1  # the residual may round to either side of the target
+        assert abs(solution.iterations - alone.iterations) <= 2  # rounding moves the end of an undamped solve
         assert relative_error(solution.x, truth(kind, decay)) < 1e-7
         # one per iteration, one per residual; a residual at the end, and one each time it has fallen a hundredfold
         assert collectives == solution.iterations + residuals
