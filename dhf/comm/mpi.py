@@ -227,7 +227,7 @@ class Mpi:
         self.abandon(1)
 
     def _on_exit(self) -> None:
-        """This rank ends without having closed: the others may end as well, or wait for it; they then have the time to name it."""
+        """This rank ends without having closed: the others may end as well, or wait, and then name it."""
         if self._lost is None:
             with contextlib.suppress(self._mpi.Exception):
                 # not among the collectives: MPI would take it for whichever of them the others are in, with wrong sums

@@ -189,6 +189,10 @@ class GlobalOperator:
         """See :meth:`Coordinator.total`."""
         return self._coordinator.total(function, shape, like)
 
+    def attempt(self, function: Callable[[], Any]) -> None:
+        """See :meth:`Coordinator.attempt`."""
+        self._coordinator.attempt(function)
+
     @property
     def in_pieces(self) -> bool:
         """Whether a rank holds one piece of each vector."""

@@ -25,7 +25,7 @@ def empirical_fisher(operator: GlobalOperator, damping: float, *, exponent: floa
         exponent: 0.75 is Martens'; 1 trusts the diagonal whole.
 
     Returns:
-        A function from r to z, both of shape (n,), symmetric positive definite.
+        A function from r to z, as the operator stores vectors, symmetric positive definite.
 
     Raises:
         ValueError: If damping or exponent is out of range.
@@ -42,5 +42,5 @@ def empirical_fisher(operator: GlobalOperator, damping: float, *, exponent: floa
         add_squared_gradients(operator.objective, operator.parameters, part, out[0])
 
     (squares,) = operator.sums(add, [(operator.shape[0],)])
-    scale = squares.add_(damping + operator.objective.weight_decay).pow_(-exponent)
+    scale = operator.space.piece(squares.add_(damping + operator.objective.weight_decay).pow_(-exponent))
     return lambda r: scale * r

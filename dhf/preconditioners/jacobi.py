@@ -30,7 +30,7 @@ def jacobi(
         seed: Names the signs.
 
     Returns:
-        A function from r to z, both of shape (n,), symmetric positive definite.
+        A function from r to z, as the operator stores vectors, symmetric positive definite.
 
     Raises:
         ValueError: If damping is not positive.
@@ -40,9 +40,10 @@ def jacobi(
     if not damping > 0:
         raise ValueError(f"the Jacobi preconditioner needs positive damping, got {damping}")
     generator = torch.Generator().manual_seed(seed)
-    diagonal = torch.zeros(operator.shape[0], dtype=operator.dtype, device=operator.device)
+    diagonal = torch.zeros_like(operator.gradient)
     for _ in range(probes):
-        signs = torch.randint(0, 2, diagonal.shape, generator=generator).mul_(2).sub_(1).to(diagonal)
+        signs = torch.randint(0, 2, (operator.shape[0],), generator=generator).mul_(2).sub_(1).to(diagonal)
+        signs = operator.space.piece(signs)
         diagonal.addcmul_(signs, operator.matvec(signs), value=1.0 / probes)
     scale = diagonal.clamp_(min=0).add_(damping).pow_(-exponent)
     return lambda r: scale * r

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dhf.curvature.kronecker import Layer, add_factors, factor_shapes, layers_of
 from dhf.operator import GlobalOperator
+from dhf.parameters import Parameters
 
 __all__ = ["KFAC"]
 
@@ -49,12 +50,16 @@ class KFAC:
         if refresh < 1:
             raise ValueError(f"refresh must be at least 1, got {refresh}")
         self._refresh, self._seed, self._calls = refresh, seed, 0
-        self._eigen: list[tuple[Eigen, Eigen] | None] = []
+        self._eigen: list[tuple[Eigen, Eigen] | None] = []  # of a rank's own layers alone where vectors are in pieces
+        self._used: list[bool] = []
         self._diagonal = torch.zeros(0)
         self._told = False
 
     def __call__(self, operator: GlobalOperator, damping: float) -> Callable[[Tensor], Tensor]:
         """The preconditioner ``r -> z`` for this damping, symmetric positive definite. Collective where factors are renewed.
+
+        Layers are divided over the ranks: each takes the eigenvalues of its own, which all then receive; where vectors are in
+        pieces, each also solves with its own alone.
 
         Raises:
             ValueError: If damping, weight decay included, is not positive.
@@ -67,19 +72,36 @@ class KFAC:
         if self._calls % self._refresh == 0 or not known:
             self._renew(operator, layers)
         self._calls += 1
-        scales = [None if e is None else 1.0 / (torch.outer(e[1][0], e[0][0]) + mu) for e in self._eigen]
         rest = 1.0 / (self._diagonal + mu)
-        covered = [(layer, e, s) for layer, e, s in zip(layers, self._eigen, scales, strict=True) if e is not None]
+        in_blocks = operator.parameters.split(rest)
+        parts, owners = [], []
+        for layer, owner, used, eigen in zip(
+            layers, self._owners(operator, layers), self._used, self._eigen, strict=True
+        ):
+            if not used:
+                continue
+            in_blocks[layer.weight].zero_()
+            if layer.bias is not None:
+                in_blocks[layer.bias].zero_()
+            scale = None if eigen is None else 1.0 / (torch.outer(eigen[1][0], eigen[0][0]) + mu)
+            parts.append(functools.partial(_solve, operator.parameters, layer, eigen, scale))
+            owners.append(owner)
+        rest = operator.space.piece(rest)
 
         def apply(r: Tensor) -> Tensor:
-            z = rest * r
-            pieces, out = operator.parameters.split(r), operator.parameters.split(z)
-            for layer, eigen, scale in covered:
-                assert scale is not None
-                _solve(layer, eigen, scale, pieces, out)
-            return z
+            return operator.spread(parts, owners, r).addcmul_(rest, r)
 
         return apply
+
+    @staticmethod
+    def _owners(operator: GlobalOperator, layers: list[Layer]) -> list[int]:
+        """The rank that takes each layer's eigenvalues: the largest layers first, each to the rank with the least to do."""
+        work = [0.0] * operator.comm.size
+        owners = [0] * len(layers)
+        for i in sorted(range(len(layers)), key=lambda i: (-sum(s**3 for s in layers[i].sizes), i)):
+            owners[i] = work.index(min(work))
+            work[owners[i]] += sum(s**3 for s in layers[i].sizes)
+        return owners
 
     def _renew(self, operator: GlobalOperator, layers: list[Layer]) -> None:
         objective, parameters = operator.objective, operator.parameters
@@ -90,11 +112,51 @@ class KFAC:
         for piece in parameters.split(squares):
             piece.add_(piece.mean()).mul_(0.5)
         self._diagonal = squares
-        self._eigen = [
-            (_eigen(factors[2 * i] / p), _eigen(factors[2 * i + 1])) if (p := float(places[i])) > 0 else None
-            for i in range(len(layers))
-        ]
-        self._tell(operator, [layer for layer, e in zip(layers, self._eigen, strict=True) if e is not None])
+        self._used = [float(p) > 0 for p in places]
+        owners = self._owners(operator, layers)
+
+        self._eigen = [None] * len(layers)
+
+        def take_own() -> None:
+            for i, owner in enumerate(owners):
+                if self._used[i] and owner == operator.comm.rank:
+                    self._eigen[i] = _eigen(factors[2 * i] / float(places[i])), _eigen(factors[2 * i + 1])
+
+        if operator.in_pieces:
+            operator.attempt(take_own)
+        elif operator.comm.size > 1:
+            self._share(operator, layers, take_own)
+        else:
+            take_own()
+        self._tell(operator, [layer for layer, used in zip(layers, self._used, strict=True) if used])
+
+    def _share(
+        self, operator: GlobalOperator, layers: list[Layer], take_own: Callable[[], None] = lambda: None
+    ) -> None:
+        """Give every rank the eigenvalues and eigenvectors of all layers, once each has taken its own."""
+        sizes = [[size for s in layer.sizes for size in (s, s * s)] for layer in layers]
+        like = self._diagonal
+
+        def mine() -> Tensor:
+            take_own()
+            return torch.cat(
+                [
+                    like.new_zeros(sum(wanted)) if e is None else torch.cat([t.reshape(-1) for pair in e for t in pair])
+                    for e, wanted in zip(self._eigen, sizes, strict=True)
+                ]
+            )
+
+        total = operator.total(mine, (sum(map(sum, sizes)),), like)
+        for i, (layer, flat) in enumerate(zip(layers, total.split([sum(s) for s in sizes]), strict=True)):
+            if self._used[i]:
+                a, g = layer.sizes
+                values_a, vectors_a, values_g, vectors_g = flat.split(sizes[i])
+                self._eigen[i] = ((values_a, vectors_a.view(a, a)), (values_g, vectors_g.view(g, g)))
+
+    def consolidate(self, operator: GlobalOperator) -> None:
+        """Have every rank hold all that is kept, for :meth:`state_dict`. Collective."""
+        if operator.in_pieces and self._eigen:
+            self._share(operator, layers_of(operator.objective, operator.parameters))
 
     def _tell(self, operator: GlobalOperator, layers: list[Layer]) -> None:
         covered = {i for layer in layers for i in (layer.weight, layer.bias)}
@@ -112,16 +174,27 @@ class KFAC:
     def state_dict(self) -> dict[str, Any]:
         """Factors and counters, as tensors and plain values."""
         eigen = [None if e is None else [*e[0], *e[1]] for e in self._eigen]
-        return {"calls": self._calls, "eigen": eigen, "diagonal": self._diagonal}
+        return {"calls": self._calls, "eigen": eigen, "used": list(self._used), "diagonal": self._diagonal}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up the state of :meth:`state_dict`."""
         self._calls, self._diagonal = int(state["calls"]), state["diagonal"].clone()
         self._eigen = [None if e is None else ((e[0], e[1]), (e[2], e[3])) for e in state["eigen"]]
+        self._used = list(state["used"])
 
 
-def _solve(layer: Layer, eigen: tuple[Eigen, Eigen], scale: Tensor, r: list[Tensor], z: list[Tensor]) -> None:
+def _solve(
+    parameters: Parameters,
+    layer: Layer,
+    eigen: tuple[Eigen, Eigen] | None,
+    scale: Tensor | None,
+    whole_r: Tensor,
+    whole_z: Tensor,
+) -> None:
+    assert eigen is not None  # its owner has it
+    assert scale is not None
     (_, U_A), (_, U_G) = eigen
+    r, z = parameters.split(whole_r), parameters.split(whole_z)
     R = r[layer.weight].flatten(1)
     if layer.bias is not None:
         R = torch.cat([R, r[layer.bias].unsqueeze(1)], 1)

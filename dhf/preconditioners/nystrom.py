@@ -38,6 +38,7 @@ class Nystrom:
         self._rank, self._refresh, self._seed, self._calls = rank, refresh, seed, 0
         self._applied = 0
         self._vectors, self._values = torch.zeros(0, 0), torch.zeros(0)
+        self._length = 0  # of the vectors, of which this rank may hold its rows alone
 
     def __call__(self, operator: GlobalOperator, damping: float) -> Callable[[Tensor], Tensor]:
         """The preconditioner ``r -> z`` for this damping, symmetric positive definite. Takes products where it is renewed.
@@ -50,32 +51,58 @@ class Nystrom:
         if not mu > 0:
             raise ValueError(f"the Nystrom preconditioner needs positive damping, got {damping}")
         stale = self._applied >= self._rank if self._refresh is None else self._calls % self._refresh == 0
-        if stale or len(self._vectors) != operator.shape[0]:
+        if stale or self._length != operator.shape[0]:
             self._renew(operator)
             self._applied = 0
         self._calls += 1
-        U, smallest = self._vectors, self._values[-1] + mu
+        U, smallest = self._stored_as(operator), self._values[-1] + mu
         scale = smallest / (self._values + mu) - 1.0
 
         def apply(r: Tensor) -> Tensor:
             self._applied += 1
-            return r + U @ (scale * (U.T @ r))
+            inner = U.T @ r
+            if operator.in_pieces:
+                inner = operator.total(lambda: inner, inner.shape, inner)
+            return r + U @ (scale * inner)
 
         return apply
 
+    def _stored_as(self, operator: GlobalOperator) -> Tensor:
+        """U as the operator stores vectors, one per column."""
+        if operator.in_pieces and len(self._vectors) == self._length:
+            self._vectors = _rows(self._vectors, operator.comm.rank, operator.comm.size)
+        return self._vectors
+
     def _renew(self, operator: GlobalOperator) -> None:
-        n = operator.shape[0]
+        """Sample directions, and divide what follows by rows over the ranks."""
+        n, rank, size = operator.shape[0], operator.comm.rank, operator.comm.size
         k = min(self._rank, n)
+        small = torch.zeros(0, dtype=torch.float64, device=operator.device)
+
+        def total(work: Callable[[], Tensor | None], *shape: int) -> Tensor:
+            return operator.total(work, shape, small)
+
         generator = torch.Generator().manual_seed(self._seed + self._calls)
-        directions, _ = torch.linalg.qr(torch.randn(n, k, dtype=torch.float64, generator=generator))
-        directions = directions.to(operator.device, operator.dtype)
-        images = torch.stack([operator.matvec(direction) for direction in directions.T.contiguous()], dim=1).double()
-        directions = directions.double()
-        images -= operator.objective.weight_decay * directions  # is damping; in A it would fill the spectrum's tail
+        draws = torch.randn(n, k, dtype=torch.float64, generator=generator).to(operator.device)
+        if n < 4 * k:  # few rows: they may be nearly dependent
+            draws, _ = torch.linalg.qr(draws)
+        else:  # a tall Gaussian matrix is well-conditioned, and so is the Cholesky factor of its Gram matrix
+            mine = _rows(draws, rank, size)
+            gram = total(lambda: mine.T @ mine, k, k)
+            draws = torch.linalg.solve_triangular(torch.linalg.cholesky(gram), draws.T, upper=False).T
+        directions = draws.to(operator.dtype)
+        mine = _rows(directions, rank, size).double()
+        images = torch.empty_like(mine)
+        for j in range(k):
+            image = operator.matvec(operator.space.piece(directions[:, j].contiguous()))
+            images[:, j] = image if operator.in_pieces else _rows(image, rank, size)
+        del draws, directions
+        images -= operator.objective.weight_decay * mine  # is damping; in A it would fill the spectrum's tail
+        parts = total(lambda: torch.stack([mine.T @ images, mine.T @ mine, images.T @ images]), 3, k, k)
         eps = torch.finfo(operator.dtype).eps
-        nu = n**0.5 * eps * max(float(torch.linalg.matrix_norm(images)), 1e-150)  # positive for A = 0, too
-        images += nu * directions  # keeps the small matrix positive definite in rounding
-        core = directions.T @ images
+        nu = n**0.5 * eps * max(float(parts[2].trace()) ** 0.5, 1e-150)  # positive for A = 0, too
+        images += nu * mine  # keeps the small matrix positive definite in rounding
+        core = parts[0] + nu * parts[1]
         core = 0.5 * (core + core.T)
         factor, info = torch.linalg.cholesky_ex(core)
         while int(info):
@@ -83,16 +110,60 @@ class Nystrom:
             factor, info = torch.linalg.cholesky_ex(core)
             nu *= 10
         B = torch.linalg.solve_triangular(factor, images.T, upper=False).T
-        # the left singular vectors of B by way of its k x k Gram matrix would square its condition
-        U, singular, _ = torch.linalg.svd(B, full_matrices=False)
-        self._vectors = U.to(operator.dtype)
+        # the left singular vectors of B by way of its k x k Gram matrix would square its condition; so by its QR
+        # factorisation, that of the ranks' triangles under one another
+        Q, R = torch.linalg.qr(B)
+
+        def triangle() -> Tensor:
+            out = small.new_zeros(size, k, k)
+            out[rank, : len(R)] = R
+            return out
+
+        triangles = total(triangle, size, k, k)
+        inner, singular, _ = torch.linalg.svd(triangles.view(size * k, k), full_matrices=False)
+        own = (Q @ inner[rank * k : rank * k + Q.shape[1]]).to(operator.dtype)
         self._values = (singular.square() - nu).clamp_(min=0).to(operator.dtype)
+        self._length = n
+        self._vectors = own if operator.in_pieces else self._whole(operator, own)
+
+    def _whole(self, operator: GlobalOperator, own: Tensor) -> Tensor:
+        """All ranks' rows."""
+        rank, size = operator.comm.rank, operator.comm.size
+        if size == 1:
+            return own
+
+        def place() -> Tensor:
+            out = own.new_zeros(size, *own.shape)
+            out[rank] = own
+            return out
+
+        return operator.total(place, (size, *own.shape), own).flatten(0, 1)[: self._length].clone()
+
+    def consolidate(self, operator: GlobalOperator) -> None:
+        """Have every rank hold all that is kept, for :meth:`state_dict`. Collective."""
+        if operator.in_pieces and self._length and len(self._vectors) != self._length:
+            self._vectors = self._whole(operator, self._vectors)
 
     def state_dict(self) -> dict[str, Any]:
         """Vectors, values and counters, as tensors and plain values."""
-        return {"calls": self._calls, "applied": self._applied, "vectors": self._vectors, "values": self._values}
+        return {
+            "calls": self._calls,
+            "applied": self._applied,
+            "vectors": self._vectors,
+            "values": self._values,
+            "length": self._length,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up the state of :meth:`state_dict`."""
         self._calls, self._applied = int(state["calls"]), int(state["applied"])
         self._vectors, self._values = state["vectors"].clone(), state["values"].clone()
+        self._length = int(state["length"])
+
+
+def _rows(matrix: Tensor, rank: int, size: int) -> Tensor:
+    """A rank's rows of a matrix or vector that is divided over ranks like a vector: equal pieces, the last filled with zeros."""
+    k = -(-len(matrix) // size)
+    mine = matrix[rank * k : (rank + 1) * k]
+    missing = k - len(mine)
+    return mine if not missing else torch.cat([mine, mine.new_zeros(missing, *mine.shape[1:])])

@@ -19,7 +19,8 @@ from tests.models import problem, relative_error
 from tests.ranks import ranks, try_ranks
 
 # collectives of a first call and of a second
-COSTS = {"kfac": [1, 0], "nystrom": [6, 0], "jacobi": [10, 10], "empirical_fisher": [1, 1]}
+COSTS = {"kfac": [1, 0], "nystrom": [9, 0], "jacobi": [10, 10], "empirical_fisher": [1, 1]}
+SHARED = {"kfac": 1, "nystrom": 1}  # more for a first call of several ranks, which divide its work
 
 
 def made(name: str) -> Any:
@@ -66,7 +67,7 @@ def test_ranks_make_what_one_process_makes(name: str, size: int, shards: str, mi
     truth = serial(name)
     first, *others = ranks(size, precondition, name=name, shards=SHARDS[shards][size], micro_batches=micro_batches)
     assert relative_error(first[0], truth) < 1e-9
-    assert first[1] == COSTS[name]
+    assert first[1] == [COSTS[name][0] + (SHARED.get(name, 0) if size > 1 else 0), COSTS[name][1]]
     for other in others:
         assert torch.equal(other[0], first[0])
         assert other[1] == first[1]

@@ -9,6 +9,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from dhf.comm import Serial
+from dhf.coordinator import Coordinator
+from dhf.vector_space import Replicated
+
 
 class Matrix:
     """A dense matrix as an undamped operator; notes the vectors that it multiplies."""
@@ -17,6 +21,9 @@ class Matrix:
         self.A, self.shape, self.dtype, self.device = A, tuple(A.shape), A.dtype, A.device
         self.objective = types.SimpleNamespace(weight_decay=weight_decay)
         self.multiplied: list[Tensor] = []
+        self.comm, self.space, self.in_pieces = Serial(), Replicated(), False
+        self.gradient = torch.zeros(len(A), dtype=A.dtype)
+        self.total = Coordinator(self.comm).total
 
     def matvec(self, v: Tensor) -> Tensor:
         self.multiplied.append(v.clone())
