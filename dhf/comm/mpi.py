@@ -13,7 +13,7 @@ import ctypes
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -79,7 +79,7 @@ class Mpi:
         """Sum over the ranks in place; see :class:`Communicator`."""
         self.collectives += 1
         with self._as_mpi_takes_it(buffer) as b:
-            self._wait(self._comm.Iallreduce(self._mpi.IN_PLACE, b), "all-reduce")
+            self._call("all-reduce", lambda: self._comm.Iallreduce(self._mpi.IN_PLACE, b))
 
     def start_all_reduce(self, buffer: Tensor) -> Pending:
         """Sum at once: MPI libraries make no progress while nobody asks, so there is nothing to gain by starting early."""
@@ -90,36 +90,36 @@ class Mpi:
         """This rank's piece of the sum; see :class:`Communicator`."""
         self.collectives += 1
         with self._as_mpi_takes_it(buffer) as b, self._as_mpi_takes_it(out) as mine:
-            self._wait(self._comm.Ireduce_scatter_block(b, mine), "reduce-scatter")
+            self._call("reduce-scatter", lambda: self._comm.Ireduce_scatter_block(b, mine))
 
     def all_gather(self, piece: Tensor, out: Tensor) -> None:
         """Every rank's piece, in rank order; see :class:`Communicator`."""
         self.collectives += 1
         with self._as_mpi_takes_it(piece) as mine, self._as_mpi_takes_it(out) as b:
-            self._wait(self._comm.Iallgather(mine, b), "all-gather")
+            self._call("all-gather", lambda: self._comm.Iallgather(mine, b))
 
     def broadcast(self, buffer: Tensor, source: int = 0) -> None:
         """Overwrite with the buffer of rank ``source``."""
         self.collectives += 1
         with self._as_mpi_takes_it(buffer) as b:
-            self._wait(self._comm.Ibcast(b, root=source), "broadcast")
+            self._call("broadcast", lambda: self._comm.Ibcast(b, root=source))
 
     def gather_objects(self, value: Any) -> list[Any]:
         """One picklable value per rank, on every rank."""
         pickled = self._mpi.pickle.dumps(value)
         sizes = torch.zeros(self.size, dtype=torch.int64)
         sizes[self.rank] = len(pickled)
-        self._wait(self._comm.Iallreduce(self._mpi.IN_PLACE, sizes.numpy()), "object gather")
+        self._call("object gather", lambda: self._comm.Iallreduce(self._mpi.IN_PLACE, sizes.numpy()))
         counts = sizes.tolist()
         everything = bytearray(sum(counts))
-        self._wait(self._comm.Iallgatherv(pickled, [everything, counts, self._mpi.BYTE]), "object gather")
+        self._call("object gather", lambda: self._comm.Iallgatherv(pickled, [everything, counts, self._mpi.BYTE]))
         ends = [sum(counts[: r + 1]) for r in range(self.size)]
         parts = (bytes(everything[end - count : end]) for end, count in zip(ends, counts, strict=True))
         return [self._mpi.pickle.loads(part) for part in parts]
 
     def barrier(self, timeout: float | None = None) -> None:
         """Wait for every rank; the error names those that did not come within ``timeout`` seconds."""
-        self._wait(self._comm.Ibarrier(), "barrier", timeout)
+        self._call("barrier", self._comm.Ibarrier, timeout)
 
     def remember(self, name: str, value: str) -> str:
         """The value itself: MPI launchers start no rank again. See :class:`Communicator`."""
@@ -163,10 +163,11 @@ class Mpi:
         yield staged
         plain.copy_(staged)
 
-    def _wait(self, request: MPI.Request, what: str, timeout: float | None = None) -> None:
-        """Until the request is done; the error says who is missing, and the communicator then refuses all further work."""
+    def _call(self, what: str, start: Callable[[], MPI.Request], timeout: float | None = None) -> None:
+        """Start it, and wait until it is done; the error says who is missing, and no further work is then started."""
         if self._lost is not None:
             raise self._lost
+        request = start()
         limit = self._timeout if timeout is None else timeout
         cause = ""
         try:
@@ -258,12 +259,11 @@ def load() -> Any:
         os.environ.setdefault("MPI4PY_MPIABI", "openmpi")  # mpi4py's wheel cannot tell which MPI has started it
     try:
         from mpi4py import MPI
-    except ImportError as error:
-        if error.name == "mpi4py":
+    except (ImportError, RuntimeError) as error:
+        if getattr(error, "name", None) == "mpi4py":
             raise UsageError("--backend mpi needs mpi4py: pip install 'dhf[mpi]'") from None
-        raise UsageError(f"mpi4py found no MPI library: {error}; install mpich or Open MPI") from None
-    except RuntimeError as error:
-        raise UsageError(f"mpi4py found no MPI library: {error}; install mpich or Open MPI") from None
+        words = ": ".join(str(error).splitlines())
+        raise UsageError(f"mpi4py found no MPI library: {words}; install mpich or Open MPI") from None
     return MPI
 
 

@@ -1,11 +1,12 @@
 """Operators: local curvature + communicator + coordinator, as symmetric operators on flat vectors."""
 
 from dhf.operator.curvatures import Fisher, GaussNewton, Hessian, loss_and_gradient, loss_at
-from dhf.operator.global_operator import GlobalOperator, Shifted
+from dhf.operator.global_operator import Compressed, GlobalOperator, Shifted
 from dhf.operator.normal_matrix import NormalMatrix
 from dhf.operator.residual_jacobian import ResidualJacobian
 
 __all__ = [
+    "Compressed",
     "Fisher",
     "GaussNewton",
     "GlobalOperator",

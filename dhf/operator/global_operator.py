@@ -23,11 +23,11 @@ from dhf.curvature.shard import AddSums, BuildGraph
 from dhf.errors import NonFiniteError, StaleGraphError, UsageError
 from dhf.evaluation import check_module, micro_batch_seeds
 from dhf.objective import Objective, require_objective
-from dhf.operator.reduction import Part, Pieces, Reduced, Reduction, Status, Target, Whole, Work
+from dhf.operator.reduction import Part, Pieces, Reduced, Reducer, Reduction, Rounded, Status, Target, Whole, Work
 from dhf.parameters import Parameters
 from dhf.reason import Reason
 
-__all__ = ["GlobalOperator", "Shifted"]
+__all__ = ["Compressed", "GlobalOperator", "Shifted"]
 
 
 class GlobalOperator:
@@ -56,6 +56,7 @@ class GlobalOperator:
         count: Samples (or their total weight) over all ranks.
         rows: Samples of each rank.
         outputs_per_row: Numbers that the objective's outputs hold per sample.
+        coordinator: How ranks agree.
         products: Products taken so far.
         space: The inner products of these vectors, and what a rank holds of them.
         RIDERS: Numbers that ride with each product besides the status word.
@@ -88,7 +89,7 @@ class GlobalOperator:
         if vectors not in ("replicated", "sharded"):
             raise UsageError(f"vectors {vectors!r} is unknown; choose from replicated, sharded")
         comm = comm if comm is not None else coordinator.comm if coordinator else _serial_for(objective)
-        self._coordinator = coordinator or Coordinator(comm)
+        self.coordinator = coordinator or Coordinator(comm)
         self.comm = comm
         self.products = 0
         check_module(objective.module)
@@ -119,9 +120,9 @@ class GlobalOperator:
         shard, failure = capture(build_shard)
         self._shard = shard
         self._reduction: Reduction = (
-            Pieces(self._coordinator, self.parameters, self.RIDERS)
+            Pieces(self.coordinator, self.parameters, self.RIDERS)
             if vectors == "sharded" and comm.size > 1
-            else Whole(self._coordinator, self.parameters, self.RIDERS, bucket_bytes)
+            else Whole(self.coordinator, self.parameters, self.RIDERS, bucket_bytes)
         )
         self.space = self._reduction.space
         self._sum_over_ranks(shard, failure)
@@ -185,14 +186,6 @@ class GlobalOperator:
         """See :meth:`Reduction.spread`."""
         return self._reduction.spread(parts, owners, r)
 
-    def total(self, function: Callable[[], Tensor | None], shape: Sequence[int], like: Tensor) -> Tensor:
-        """See :meth:`Coordinator.total`."""
-        return self._coordinator.total(function, shape, like)
-
-    def attempt(self, function: Callable[[], Any]) -> None:
-        """See :meth:`Coordinator.attempt`."""
-        self._coordinator.attempt(function)
-
     @property
     def in_pieces(self) -> bool:
         """Whether a rank holds one piece of each vector."""
@@ -219,9 +212,9 @@ class GlobalOperator:
         _, failure = capture(lambda: self._open_shard().add_sums(add, pieces))
         if failure is not None:
             flat.zero_()
-        self._coordinator.fill(word, failure=failure, finite=flat.sum())
-        self._coordinator.all_reduce(buffer)
-        if self._coordinator.read(word).reason is Reason.NON_FINITE:
+        self.coordinator.fill(word, failure=failure, finite=flat.sum())
+        self.coordinator.all_reduce(buffer)
+        if self.coordinator.read(word).reason is Reason.NON_FINITE:
             raise NonFiniteError(
                 f"a sum over samples holds NaN or infinity, from {places_in_words(self.non_finite)}; look at its data",
                 self.non_finite,
@@ -231,11 +224,15 @@ class GlobalOperator:
     @property
     def non_finite(self) -> dict[int, NonFinite | None]:
         """The ranks that put NaN or infinity into the last product that held any; with the sample where one was looked for."""
-        return self._coordinator.non_finite
+        return self.coordinator.non_finite
 
     def shifted(self, damping: float) -> Shifted:
         """``A + damping·I``, on the same graphs."""
         return Shifted(self, damping)
+
+    def compressed(self, damping: float = 0.0) -> Compressed:
+        """``A + damping·I``, on the same graphs, with products that ranks send to one another in bfloat16."""
+        return Compressed(self, damping)
 
     def close(self) -> None:
         """Free the graphs; ``loss`` and ``gradient`` stay."""
@@ -261,10 +258,11 @@ class GlobalOperator:
         proposal: Reason | None,
         failure: BaseException | None,
         add: Sequence[tuple[Tensor, float]] = (),
+        by: Reducer | None = None,
     ) -> Reduced:
         status = Status(proposal, failure, self._moved, self._searching(v))
         self.products += v is not None
-        return self._reduction.reduce(work, v, status, [(vector, factor) for vector, factor in add if factor])
+        return (by or self._reduction).reduce(work, v, status, [(vector, factor) for vector, factor in add if factor])
 
     def _moved(self) -> Tensor | None:
         return self._shard.moved() if self._shard is not None else None
@@ -281,7 +279,7 @@ class GlobalOperator:
 
     def _sum_over_ranks(self, shard: ShardCurvature | None, failure: BaseException | None) -> None:
         """Add up losses, counts and gradients, tell every shard its place, and compare replicas, in two collectives."""
-        comm, coordinate = self.comm, self._coordinator
+        comm, coordinate = self.comm, self.coordinator
         theta = self.parameters.read()
         places = [0.0] * comm.size
         if shard is not None:
@@ -372,6 +370,61 @@ class Shifted:
     def shifted(self, damping: float) -> Shifted:
         """``A + (self.damping + damping)·I``."""
         return Shifted(self.operator, self.damping + damping)
+
+
+class Compressed(Shifted):
+    """``A + damping·I`` with half the traffic: each rank's share of a product is rounded to bfloat16 on its way.
+
+    The product of a solution, by which a solve learns its true residual, is exact: all ranks first agree to take it. By it,
+    :func:`dhf.cg` corrects its residual each time it has fallen tenfold, so that it reaches the same tolerances, in more
+    iterations; a solve without ``true_residual`` does not, and ends somewhat apart.
+
+    Args:
+        operator: A, with replicated vectors.
+        damping: Added to the diagonal.
+
+    Attributes:
+        residual_replacement: How far a residual falls before it is replaced.
+
+    Raises:
+        UsageError: If vectors are sharded.
+    """
+
+    residual_replacement = 0.1
+
+    def __init__(self, operator: GlobalOperator, damping: float = 0.0) -> None:
+        super().__init__(operator, damping)
+        whole = operator._reduction
+        if not isinstance(whole, Whole):
+            raise UsageError("products can be compressed where vectors are replicated; leave vectors at replicated")
+        self._rounded = Rounded(operator.coordinator, whole, torch.bfloat16)
+
+    def matvec(self, v: Tensor) -> Tensor:
+        """``A v + damping v`` as it arrives, a new tensor of shape (n,)."""
+        return self.apply(v)[0].clone()
+
+    def apply(
+        self, v: Tensor, proposal: Reason | None = None, failure: Exception | None = None, shift: float = 0.0
+    ) -> tuple[Tensor, Verdict]:
+        """As :meth:`GlobalOperator.apply`; rounded, but for a product that goes with a proposal."""
+        if proposal is not None or failure is not None:
+            verdict = self.agree(proposal, failure)
+            exact = verdict.valid and verdict.reason is proposal
+            return super().apply(v, proposal, failure, shift) if exact else (torch.zeros_like(v), verdict)
+        operator, damping = self.operator, self.damping + shift
+        reduced = operator._reduce(
+            operator._multiply, v, None, None, [(v, operator._decay), (v, damping)], by=self._rounded
+        )
+        return reduced.product, reduced.verdict
+
+    def agree(self, proposal: Reason | None, failure: Exception | None = None) -> Verdict:
+        """As :meth:`GlobalOperator.agree`."""
+        work = self.operator._reduce(lambda _, target: target.out.zero_(), None, proposal, failure, by=self._rounded)
+        return work.verdict
+
+    def shifted(self, damping: float) -> Compressed:
+        """``A + (self.damping + damping)·I``."""
+        return Compressed(self.operator, self.damping + damping)
 
 
 def _serial_for(objective: Objective) -> Serial:

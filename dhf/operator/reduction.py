@@ -25,7 +25,7 @@ from dhf.parameters import Parameters
 from dhf.reason import Reason
 from dhf.vector_space import LocalDots, Replicated, VectorSpace
 
-__all__ = ["Pieces", "Reduced", "Reduction", "Status", "Target", "Whole"]
+__all__ = ["Pieces", "Reduced", "Reducer", "Reduction", "Rounded", "Status", "Target", "Whole"]
 
 _ALIGNED = 16  # numbers; what stands before the product keeps its place in cache lines
 
@@ -76,10 +76,8 @@ class Reduced:
     verdict: Verdict
 
 
-class Reduction(Protocol):
-    """One way of storing vectors."""
-
-    space: VectorSpace
+class Reducer(Protocol):
+    """One way of adding up products."""
 
     def reduce(self, work: Work, v: Tensor | None, status: Status, add: Sequence[tuple[Tensor, float]] = ()) -> Reduced:
         """The sum over ranks of what each one's ``work(v, target)`` writes, plus multiples of vectors.
@@ -90,6 +88,12 @@ class Reduction(Protocol):
             status: Of this rank.
             add: Vectors as this rank holds them, with their factors; added after the sum.
         """
+
+
+class Reduction(Reducer, Protocol):
+    """One way of storing vectors."""
+
+    space: VectorSpace
 
     def spread(self, parts: Sequence[Part], owners: Sequence[int], r: Tensor) -> Tensor:
         """A function of whole vectors in parts, each of which writes to its own place in an ``out`` of zeros.
@@ -115,6 +119,9 @@ class Whole:
         parameters: Whose vectors these are.
         riders: How many numbers ride along.
         bucket_bytes: Least size of a part; None for one part, started at the end.
+
+    Attributes:
+        head, product: The memory of status word and riders, and of the product.
     """
 
     def __init__(
@@ -124,7 +131,7 @@ class Whole:
         self._coordinator, self._riders = coordinator, riders
         head = math.ceil((Coordinator.WIDTH + riders) / _ALIGNED) * _ALIGNED
         self._buffer = torch.zeros(head + parameters.numel, dtype=parameters.dtype, device=parameters.device)
-        self._head, self._product = self._buffer[:head], self._buffer[head:]
+        self.head, self.product = self._buffer[:head], self._buffer[head:]
         width = parameters.dtype.itemsize
         self._cuts = [0] if bucket_bytes is None else _cuts(parameters.sizes, head, bucket_bytes // width)
         self._buckets = _Buckets(coordinator, self._buffer, self._cuts, head, parameters.sizes)
@@ -136,26 +143,26 @@ class Whole:
 
     def reduce(self, work: Work, v: Tensor | None, status: Status, add: Sequence[tuple[Tensor, float]] = ()) -> Reduced:
         """See :class:`Reduction`."""
-        self._head.zero_()
-        word = self._head[: Coordinator.WIDTH]
-        riders = self._head[Coordinator.WIDTH : Coordinator.WIDTH + self._riders]
+        self.head.zero_()
+        word = self.head[: Coordinator.WIDTH]
+        riders = self.head[Coordinator.WIDTH : Coordinator.WIDTH + self._riders]
         buckets = self._buckets
         buckets.begin()
         failure = status.failure
         if failure is None:
             ready = buckets.ready if self.parts > 1 else None
-            _, failure = capture(lambda: work(v, Target(self._product, riders, ready)))
+            _, failure = capture(lambda: work(v, Target(self.product, riders, ready)))
         if failure is not None:
             riders.zero_()
-            self._product[: buckets.end].zero_()
+            self.product[: buckets.end].zero_()
         moved = status.moved() if failure is None else None
         finite = buckets.finish_but_last() + riders.sum()
         self._coordinator.fill(word, proposal=status.proposal, failure=failure, finite=finite, moved=moved)
         buckets.finish()
         verdict = self._coordinator.read(word, search=status.search)
         for vector, factor in add:
-            self._product.add_(vector, alpha=factor)
-        return Reduced(self._product, riders, verdict)
+            self.product.add_(vector, alpha=factor)
+        return Reduced(self.product, riders, verdict)
 
     def spread(self, parts: Sequence[Part], owners: Sequence[int], r: Tensor) -> Tensor:
         """Every rank calls all parts, since all have the whole vector."""
@@ -226,6 +233,47 @@ class _Buckets:
         part = self._buffer[first:end]
         self._finite += part.sum()
         self._started.append(self._coordinator.start_all_reduce(part))
+
+
+class Rounded:
+    """As :class:`Whole`, with the product sent in bfloat16: half the bytes of float32, and eight bits of each number.
+
+    The status word and the riders go apart, in float32 or float64. Writes into the memory of the reduction it stands beside.
+
+    Args:
+        coordinator: How ranks agree.
+        whole: The other reduction.
+        dtype: What is sent.
+    """
+
+    def __init__(self, coordinator: Coordinator, whole: Whole, dtype: torch.dtype) -> None:
+        self._coordinator, self._whole = coordinator, whole
+        self._sent = torch.zeros_like(whole.product, dtype=dtype)
+
+    def reduce(self, work: Work, v: Tensor | None, status: Status, add: Sequence[tuple[Tensor, float]] = ()) -> Reduced:
+        """See :class:`Reduction`."""
+        head, product = self._whole.head, self._whole.product
+        head.zero_()
+        word, riders = head[: Coordinator.WIDTH], head[Coordinator.WIDTH :]
+        failure = status.failure
+        if failure is None:
+            _, failure = capture(lambda: work(v, Target(product, riders)))
+        if failure is not None:
+            riders.zero_()
+            product.zero_()
+        self._sent.copy_(product)
+        moved = status.moved() if failure is None else None
+        # what overflows on its way is not finite either
+        finite = self._sent.sum(dtype=product.dtype) + riders.sum()
+        self._coordinator.fill(word, proposal=status.proposal, failure=failure, finite=finite, moved=moved)
+        sent = self._coordinator.start_all_reduce(self._sent)
+        self._coordinator.all_reduce(head)
+        self._coordinator.wait(sent)
+        verdict = self._coordinator.read(word, search=status.search)
+        product.copy_(self._sent)
+        for vector, factor in add:
+            product.add_(vector, alpha=factor)
+        return Reduced(product, riders, verdict)
 
 
 def _cuts(sizes: Sequence[int], head: int, least: int) -> list[int]:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import socket
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -33,7 +34,7 @@ from dhf.evaluation import moving_buffers, restore_buffers, stream_seed
 from dhf.objective import Objective, require_objective
 from dhf.operator import GlobalOperator
 from dhf.optim.damping import LevenbergMarquardt, Nielsen
-from dhf.optim.linearisation import Bounds, Dense, Linearisation, MakePreconditioner
+from dhf.optim.linearisation import Bounds, Dense, Linearisation, MakePreconditioner, memory_of
 from dhf.optim.outcome import Outcome, Steering
 from dhf.optim.report import StepReport
 from dhf.optim.settings import Settings, resolve
@@ -43,10 +44,12 @@ from dhf.parameters import Parameters
 from dhf.preconditioners import KFAC, Nystrom, empirical_fisher, jacobi
 from dhf.reason import Reason
 from dhf.solvers import Iterate, Solution, forcing_term
+from dhf.vector_space import VectorSpace
 
 __all__ = ["HessianFree"]
 
 _NOT_TAKEN = (Reason.INTERRUPTED, Reason.TIME_LIMIT)
+_VECTORS = 20  # flat vectors that a step with replicated ones holds at most
 _TOO_LARGE = 16.0  # GB that a dense matrix may take where it is asked for by name
 _DAMPINGS = 12  # tried in one step where another damping needs no new graph
 _GRADIENT_AFTER = 3  # failed steps in a row before the gradient is tried
@@ -81,6 +84,11 @@ class HessianFree(torch.optim.Optimizer):
         warm_start_decay: A solve starts at this multiple of the last solution; 0 starts at zero.
         curvature_fraction: Share of the samples that curvature is taken on, in (0, 1]; which samples depends on the seed,
             the step and the samples' order over ranks, not on how many ranks there are.
+        vectors: ``"replicated"``: every rank holds each vector of a solve whole; ``"sharded"``: one piece; ``"auto"``: sharded
+            where replicated ones would take more than a quarter of the memory.
+        bucket_mb: With replicated vectors, the all-reduce of a product is cut at parameters into parts of at least so many
+            megabytes, which start while the product is still being computed; 0 for one at the end.
+        reduce_dtype: ``"bfloat16"`` has ranks send products of cg at half the bytes of float32; ``"full"`` by default.
         seed: Names the random streams (dropout masks, sampled labels, sub-samples, probes); the same on all ranks.
         debug_nonfinite: Whether to search for the sample where a loss, gradient or product is not finite.
         coordinator: How ranks agree; made from ``comm`` by default.
@@ -131,6 +139,9 @@ class HessianFree(torch.optim.Optimizer):
         cg_progress_tolerance: float | None = None,
         warm_start_decay: float | None = None,
         curvature_fraction: float | None = None,
+        vectors: str | None = None,
+        bucket_mb: float | None = None,
+        reduce_dtype: str | None = None,
         seed: int = 0,
         debug_nonfinite: bool = False,
         coordinator: Coordinator | None = None,
@@ -181,6 +192,7 @@ class HessianFree(torch.optim.Optimizer):
         kept, memory = [b.clone() for b in buffers], self._memory()
         try:
             self._decide_solver(shard)
+            self._decide_vectors()
             report = self._step_on(shard, lambda: restore_buffers(buffers, kept))
         except BaseException:
             restore_buffers(buffers, kept)
@@ -230,6 +242,20 @@ class HessianFree(torch.optim.Optimizer):
             self._take_iterative(
                 "the matrix is too large for direct" if known else "the loss has no known output Hessian"
             )
+
+    def _decide_vectors(self) -> None:
+        """Settle what ``vectors="auto"`` stands for; by rank 0's memory, so that all ranks do alike."""
+        if self.settings.vectors != "auto":
+            return
+        bytes_needed = _VECTORS * self.parameters.numel * self.parameters.dtype.itemsize
+        shares = self.comm.gather_objects((socket.gethostname(), memory_of(self.parameters.device)))
+        ranks_here = sum(host == shares[0][0] for host, _ in shares)
+        there = shares[0][1] / (1 if self.parameters.device.type == "cuda" else ranks_here)
+        sharded = self.comm.size > 1 and self.settings.solver != "direct" and bytes_needed > 0.25 * there
+        sharded = sharded and self.settings.reduce_dtype == "full"
+        self.settings = dataclasses.replace(self.settings, vectors="sharded" if sharded else "replicated")
+        if sharded:
+            self.notes.append(f"vectors sharded: replicated ones would take {bytes_needed / 1e9:.1f} GB on each rank")
 
     def _take_iterative(self, why: str) -> None:
         self._take_solver("cgls" if self.objective.is_least_squares else "cg", why)
@@ -293,6 +319,7 @@ class HessianFree(torch.optim.Optimizer):
                 work.theta,
                 work.loss,
                 work.gradient,
+                work.space,
             )
         )
         fallback = ""
@@ -301,7 +328,7 @@ class HessianFree(torch.optim.Optimizer):
             if self.steering.full_step:
                 tried = trial.whole(solve.iterates[-1] if solve.iterates else Iterate(0, solve.x, 0.0), damping)
             else:
-                tried = trial.search(_descents(solve), damping, self.settings.line_search)
+                tried = trial.search(_descents(solve, work.space), damping, self.settings.line_search)
             outcome = Outcome(tried.ratio, solve.reason, tried.norm)
             if tried.length:
                 self.steering.accept(outcome)
@@ -312,7 +339,7 @@ class HessianFree(torch.optim.Optimizer):
             if tried.length or work.solve_again is None or dampings == _DAMPINGS:
                 break
             fallback, solve = "damping", work.solve_again(self.damping)
-        self._last = tried.x if tried.length else None
+        self._last = tried.x if tried.length and self.settings.warm_start_decay else None
         self._failures = 0 if tried.length else self._failures + 1
         if self._failures >= _GRADIENT_AFTER and tried.norm > 0:
             fallback = "gradient"
@@ -357,6 +384,12 @@ class HessianFree(torch.optim.Optimizer):
             "seed": repr(self._seed),
             "step": repr(self._steps),
         }
+
+    def consolidate_state_dict(self) -> None:
+        """Have every rank hold what the next :meth:`state_dict` needs, where ranks hold pieces of it. Collective."""
+        gather = getattr(self._precondition, "consolidate", None)
+        if self.settings.vectors == "sharded" and gather is not None:
+            gather(self.coordinator, self.objective)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs to go on exactly: steering, warm start, preconditioner and step number."""
@@ -412,15 +445,15 @@ def _preconditioner(settings: Settings, seed: int) -> MakePreconditioner | None:
     return makers[settings.preconditioner]()
 
 
-def _descents(solve: Solution) -> Sequence[Iterate]:
+def _descents(solve: Solution, space: VectorSpace) -> Sequence[Iterate]:
     """The iterates to search. A direction of non-positive curvature goes on from the last one, and is searched first."""
     if solve.direction is None:
         return solve.iterates or [Iterate(0, solve.x, 0.0)]
-    if not solve.x.any():
+    xx, dd = space.dots((solve.x, solve.x), (solve.direction, solve.direction))
+    if xx == 0:
         return [Iterate(0, solve.direction, math.nan)]
-    norms = (float(torch.linalg.vector_norm(v.double())) for v in (solve.x, solve.direction))
-    size, width = norms
-    return [*solve.iterates, Iterate(solve.iterations, solve.x + solve.direction * (size / width), math.nan)]
+    longer = solve.x + solve.direction * math.sqrt(xx / dd)
+    return [*solve.iterates, Iterate(solve.iterations, longer, math.nan)]
 
 
 def _name(preconditioner: Any) -> str:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,8 +25,9 @@ from dhf.optim.settings import Settings
 from dhf.parameters import Parameters
 from dhf.reason import Reason
 from dhf.solvers import Direct, Solution, cg, cgls, minres, steihaug
+from dhf.vector_space import VectorSpace
 
-__all__ = ["Bounds", "Dense", "Linearisation", "MakePreconditioner", "Precondition"]
+__all__ = ["Bounds", "Dense", "Linearisation", "MakePreconditioner", "Precondition", "memory_of"]
 
 Precondition = Callable[[Tensor], Tensor]
 MakePreconditioner = Callable[[GlobalOperator, float], Precondition]
@@ -69,6 +71,7 @@ class Linearisation:
     Attributes:
         theta: The parameters, shape (n,).
         loss, gradient, gradient_norm: The global objective's, there; known after :meth:`solve`.
+        space: How gradient and solutions are stored.
         products: Curvature products taken.
         solve_again: Solves the same model with another damping, where that needs no graph; None otherwise.
     """
@@ -76,6 +79,7 @@ class Linearisation:
     loss: float
     gradient: Tensor
     gradient_norm: float
+    space: VectorSpace
 
     def __init__(
         self,
@@ -102,7 +106,7 @@ class Linearisation:
         """The model's minimiser within bounds, which are told the gradient norm; None at a stationary point."""
         full = self.settings.curvature_fraction == 1.0
         with self._open(self._graph() if full else GradientGraph, self.shard, move_buffers=True) as at:
-            self.loss, self.gradient = at.loss, at.gradient
+            self.loss, self.gradient, self.space = at.loss, at.gradient, at.space
             self.gradient_norm = math.sqrt(at.space.dots((at.gradient, at.gradient))[0])
             _average_buffers(self.objective, at)
             if self.gradient_norm == 0:
@@ -133,16 +137,19 @@ class Linearisation:
         }
         if solver != "minres" and solver != "steihaug":
             options["progress_tolerance"] = self.settings.cg_progress_tolerance
+        start = None if within.start is None else operator.space.piece(within.start)
         if solver == "steihaug":
             assert within.radius is not None
             solution = steihaug(operator, -self.gradient, radius=within.radius, **options)
         elif solver == "cgls":
-            solution = cgls(operator, damping=within.damping, x0=within.start, **options)
+            solution = cgls(operator, damping=within.damping, x0=start, **options)
         else:
             solve = minres if solver == "minres" else cg
             if solver == "cg":
                 options["true_residual"] = within.rtol < _LOOSE
-            solution = solve(operator.shifted(within.damping), -self.gradient, x0=within.start, **options)
+            rounded = self.settings.reduce_dtype != "full" and operator.comm.size > 1
+            shifted = operator.compressed(within.damping) if rounded else operator.shifted(within.damping)
+            solution = solve(shifted, -self.gradient, x0=start, **options)
         self.products = operator.products
         if solution.reason is Reason.NON_FINITE:
             self.non_finite = operator.non_finite
@@ -162,6 +169,8 @@ class Linearisation:
             "coordinator": self.coordinator,
             "move_buffers": move_buffers,
             "debug_nonfinite": self._debug,
+            "vectors": "sharded" if self.settings.vectors == "sharded" else "replicated",
+            "bucket_bytes": int(self.settings.bucket_mb * 1e6) or None,
         }
         if self.settings.solver == "cgls":
             return ResidualJacobian(self.objective, shard, **options)
@@ -210,6 +219,16 @@ class Dense:
     def __str__(self) -> str:
         space = "sample" if self.in_samples else "parameter"
         return f"a {self.size:,} x {self.size:,} matrix in {space} space"
+
+
+def memory_of(device: torch.device) -> float:
+    """The bytes that a device has in all."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[1])
+    try:
+        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    except (ValueError, OSError, AttributeError):
+        return math.inf
 
 
 def _in_samples(operator: GlobalOperator) -> bool:

@@ -26,7 +26,9 @@ __all__ = [
     "LINE_SEARCHES",
     "PRECONDITIONERS",
     "PRESETS",
+    "REDUCE_DTYPES",
     "SOLVERS",
+    "VECTORS",
     "Settings",
     "choose_preset",
     "resolve",
@@ -37,6 +39,8 @@ PRECONDITIONERS = ("auto", "none", "jacobi", "empirical-fisher", "kfac", "nystro
 SOLVERS = ("auto", "cg", "cgls", "direct", "minres", "steihaug")
 GLOBALISATIONS = ("levenberg-marquardt", "nielsen", "trust-region")
 LINE_SEARCHES = ("armijo", "grid")
+VECTORS = ("auto", "replicated", "sharded")
+REDUCE_DTYPES = ("full", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -61,6 +65,9 @@ class Settings:
         cg_progress_tolerance: Martens' relative-progress rule; None turns it off.
         warm_start_decay: A solve starts at this multiple of the last solution; 0 starts at zero.
         curvature_fraction: Share of the samples that curvature is taken on.
+        vectors: ``"replicated"``, ``"sharded"``, or ``"auto"``: sharded where replicated ones would take much of the memory.
+        bucket_mb: Megabytes from which on a product's all-reduce is cut into parts that start early; 0 for one at the end.
+        reduce_dtype: ``"full"``, or ``"bfloat16"`` for the products of cg.
     """
 
     curvature: str = "ggn"
@@ -80,6 +87,9 @@ class Settings:
     cg_progress_tolerance: float | None = None
     warm_start_decay: float = 0.0
     curvature_fraction: float = 1.0
+    vectors: str = "auto"
+    bucket_mb: float = 1.0
+    reduce_dtype: str = "full"
 
 
 PRESETS = {
@@ -170,6 +180,17 @@ def _check(s: Settings, objective: Objective) -> None:
         _check_choice("preconditioner", s.preconditioner, PRECONDITIONERS)
     _check_choice("globalisation", s.globalisation, GLOBALISATIONS)
     _check_choice("line_search", s.line_search, LINE_SEARCHES)
+    _check_choice("vectors", s.vectors, VECTORS)
+    _check_choice("reduce_dtype", s.reduce_dtype, REDUCE_DTYPES)
+    if not 0 <= s.bucket_mb < float("inf"):
+        raise UsageError(f"bucket_mb must be finite and not negative, got {s.bucket_mb}")
+    if s.reduce_dtype != "full" and (s.solver != "cg" or s.vectors == "sharded"):
+        raise UsageError(
+            f"reduce_dtype {s.reduce_dtype} is for the solver cg on replicated vectors, got solver {s.solver} and vectors "
+            f"{s.vectors}"
+        )
+    if s.vectors == "sharded" and s.solver == "direct":
+        raise UsageError("solver direct holds a dense matrix on every rank; leave vectors at auto, or use cg or cgls")
     for name in ("damping", "damping_factor", "damping_smallest", "radius"):
         value = getattr(s, name)
         if not 0 < value < float("inf"):

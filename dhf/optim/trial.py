@@ -19,6 +19,7 @@ from dhf.optim.damping import reduction_ratio, rounding
 from dhf.optim.line_search import armijo, backtrack, logarithmic_grid
 from dhf.parameters import Parameters
 from dhf.solvers import Iterate
+from dhf.vector_space import VectorSpace
 
 __all__ = ["Point", "Trial", "Tried"]
 
@@ -42,7 +43,8 @@ class Point:
         seed: Fixes dropout and other randomness for the step.
         theta: The parameters at the start, shape (n,).
         loss: The global objective there.
-        gradient: Its global gradient there, shape (n,).
+        gradient: Its global gradient there, as vectors are stored.
+        space: How they are.
     """
 
     objective: Objective
@@ -53,6 +55,7 @@ class Point:
     theta: Tensor
     loss: float
     gradient: Tensor
+    space: VectorSpace
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -60,7 +63,7 @@ class Tried:
     """A direction, judged by the objective.
 
     Attributes:
-        x: The direction, shape (n,).
+        x: The direction, whole, shape (n,).
         norm: Its Euclidean norm.
         ratio: Actual over predicted decrease of the whole step; nan without a prediction.
         length: The factor on x that was taken; 0 where the parameters were left alone.
@@ -150,8 +153,8 @@ class Trial:
     def _agree_on(self, iterate: Iterate, damping: float) -> _Descent:
         """Give every rank rank 0's direction and numbers."""
         at = self._point
-        x = iterate.x
-        gx, xx = (float(d) for d in (torch.dot(at.gradient.double(), x.double()), x.double().square().sum()))
+        gx, xx = at.space.dots((at.gradient, iterate.x), (iterate.x, iterate.x))
+        x = at.space.whole(iterate.x)
         # CG's model is ½dᵀ(B+λI)d + gᵀd; nan where the direction is not an iterate
         predicted = iterate.model - 0.5 * damping * xx
         (slope, square, predicted), apart = at.coordinator.synchronise(x, [gx, xx, predicted])

@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dhf.coordinator import Coordinator
 from dhf.curvature.kronecker import Layer, add_factors, factor_shapes, layers_of
+from dhf.objective import Objective
 from dhf.operator import GlobalOperator
 from dhf.parameters import Parameters
 
@@ -123,15 +125,15 @@ class KFAC:
                     self._eigen[i] = _eigen(factors[2 * i] / float(places[i])), _eigen(factors[2 * i + 1])
 
         if operator.in_pieces:
-            operator.attempt(take_own)
+            operator.coordinator.attempt(take_own)
         elif operator.comm.size > 1:
-            self._share(operator, layers, take_own)
+            self._share(operator.coordinator, layers, take_own)
         else:
             take_own()
         self._tell(operator, [layer for layer, used in zip(layers, self._used, strict=True) if used])
 
     def _share(
-        self, operator: GlobalOperator, layers: list[Layer], take_own: Callable[[], None] = lambda: None
+        self, coordinator: Coordinator, layers: list[Layer], take_own: Callable[[], None] = lambda: None
     ) -> None:
         """Give every rank the eigenvalues and eigenvectors of all layers, once each has taken its own."""
         sizes = [[size for s in layer.sizes for size in (s, s * s)] for layer in layers]
@@ -146,17 +148,17 @@ class KFAC:
                 ]
             )
 
-        total = operator.total(mine, (sum(map(sum, sizes)),), like)
+        total = coordinator.total(mine, (sum(map(sum, sizes)),), like)
         for i, (layer, flat) in enumerate(zip(layers, total.split([sum(s) for s in sizes]), strict=True)):
             if self._used[i]:
                 a, g = layer.sizes
                 values_a, vectors_a, values_g, vectors_g = flat.split(sizes[i])
                 self._eigen[i] = ((values_a, vectors_a.view(a, a)), (values_g, vectors_g.view(g, g)))
 
-    def consolidate(self, operator: GlobalOperator) -> None:
+    def consolidate(self, coordinator: Coordinator, objective: Objective) -> None:
         """Have every rank hold all that is kept, for :meth:`state_dict`. Collective."""
-        if operator.in_pieces and self._eigen:
-            self._share(operator, layers_of(operator.objective, operator.parameters))
+        if self._eigen:
+            self._share(coordinator, layers_of(objective, Parameters(objective.module)))
 
     def _tell(self, operator: GlobalOperator, layers: list[Layer]) -> None:
         covered = {i for layer in layers for i in (layer.weight, layer.bias)}

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dhf.coordinator import Coordinator
+from dhf.objective import Objective
 from dhf.operator import GlobalOperator
 
 __all__ = ["Nystrom"]
@@ -62,7 +64,7 @@ class Nystrom:
             self._applied += 1
             inner = U.T @ r
             if operator.in_pieces:
-                inner = operator.total(lambda: inner, inner.shape, inner)
+                inner = operator.coordinator.total(lambda: inner, inner.shape, inner)
             return r + U @ (scale * inner)
 
         return apply
@@ -80,7 +82,7 @@ class Nystrom:
         small = torch.zeros(0, dtype=torch.float64, device=operator.device)
 
         def total(work: Callable[[], Tensor | None], *shape: int) -> Tensor:
-            return operator.total(work, shape, small)
+            return operator.coordinator.total(work, shape, small)
 
         generator = torch.Generator().manual_seed(self._seed + self._calls)
         draws = torch.randn(n, k, dtype=torch.float64, generator=generator).to(operator.device)
@@ -124,11 +126,11 @@ class Nystrom:
         own = (Q @ inner[rank * k : rank * k + Q.shape[1]]).to(operator.dtype)
         self._values = (singular.square() - nu).clamp_(min=0).to(operator.dtype)
         self._length = n
-        self._vectors = own if operator.in_pieces else self._whole(operator, own)
+        self._vectors = own if operator.in_pieces else self._whole(operator.coordinator, own)
 
-    def _whole(self, operator: GlobalOperator, own: Tensor) -> Tensor:
+    def _whole(self, coordinator: Coordinator, own: Tensor) -> Tensor:
         """All ranks' rows."""
-        rank, size = operator.comm.rank, operator.comm.size
+        rank, size = coordinator.comm.rank, coordinator.comm.size
         if size == 1:
             return own
 
@@ -137,12 +139,12 @@ class Nystrom:
             out[rank] = own
             return out
 
-        return operator.total(place, (size, *own.shape), own).flatten(0, 1)[: self._length].clone()
+        return coordinator.total(place, (size, *own.shape), own).flatten(0, 1)[: self._length].clone()
 
-    def consolidate(self, operator: GlobalOperator) -> None:
+    def consolidate(self, coordinator: Coordinator, objective: Objective) -> None:
         """Have every rank hold all that is kept, for :meth:`state_dict`. Collective."""
-        if operator.in_pieces and self._length and len(self._vectors) != self._length:
-            self._vectors = self._whole(operator, self._vectors)
+        if self._length and len(self._vectors) != self._length:
+            self._vectors = self._whole(coordinator, self._vectors)
 
     def state_dict(self) -> dict[str, Any]:
         """Vectors, values and counters, as tensors and plain values."""

@@ -103,6 +103,13 @@ class Config:
 
     device: Literal["auto", "cpu", "cuda"] = _ranks("auto", "where ranks compute")
     backend: Literal["auto", "nccl", "gloo", "mpi", "serial"] = _ranks("auto", "how ranks talk")
+    vectors: Literal["auto", "replicated", "sharded"] | None = _ranks(
+        None, "what a rank holds of each vector of a solve: all, or a piece; auto looks at the memory"
+    )
+    bucket_mb: float | None = _ranks(
+        None, "megabytes from which on the sum of a product over ranks starts early, part by part; 0 for one at the end"
+    )
+    reduce_dtype: Literal["full", "bfloat16"] | None = _ranks(None, "in which ranks send products of cg")
     threads: int | None = _ranks(None, "threads per rank; the cores shared out by default")
     timeout: float = _ranks(300.0, "seconds to wait for a rank before giving up")
     deterministic: bool = _ranks(False, "use torch's deterministic algorithms")

@@ -15,6 +15,7 @@ import torch
 from dhf.comm import Communicator
 from dhf.coordinator import Coordinator
 from dhf.errors import UsageError
+from dhf.optim import HessianFree
 from dhf.run.assembly import Parts
 from dhf.run.checkpoint import Found, decode, find, forget_after, load_module, save
 from dhf.run.config import Config
@@ -82,6 +83,8 @@ class Saver:
         """Write a checkpoint, unless this step's is there; every rank calls it. What went wrong with the disk, or None."""
         if self.last_step == progress.step:
             return None
+        if isinstance(parts.optimizer, HessianFree):
+            parts.optimizer.consolidate_state_dict()
         random = self._comm.gather_objects(capture_random_state(self._comm.device))
         trouble = self._coordinator.attempt(
             lambda: self._write(parts, progress, random) if self._comm.rank == 0 else None

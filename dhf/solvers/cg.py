@@ -6,6 +6,8 @@ What differs from the textbook:
 - inner products are accumulated in float64 whatever the vectors' dtype;
 - the quadratic model is carried by its recurrence, -½ α rᵀz per iteration, for Martens' stopping rule;
 - iterates are kept at geometric spacing for backtracking, O(log k) vectors;
+- where products are rounded on their way (see Compressed), the residual is taken anew from an exact one each time it has fallen
+  tenfold, and before it is believed to have reached its target;
 - an operator that is grossly not symmetric is found out by its first products (see symmetry.py).
 """
 
@@ -19,7 +21,7 @@ import torch
 from torch import Tensor
 
 from dhf.reason import Reason
-from dhf.solvers.krylov import StoppingRule, check_preconditioner, guarded, run, zero_solution
+from dhf.solvers.krylov import Recursion, StoppingRule, check_preconditioner, guarded, run, zero_solution
 from dhf.solvers.linear_operator import AgreeingOperator, Agreement, as_operator, check_system
 from dhf.solvers.solution import Iteration, Solution
 from dhf.solvers.symmetry import SymmetryCheck
@@ -85,7 +87,11 @@ def cg(
     if b_norm == 0:
         return zero_solution(b)
     symmetry = SymmetryCheck(b.dtype, preconditioned=preconditioner is not None)
-    recursion = ConjugateGradients(A, b, x0, guarded(A, preconditioner), symmetry)
+    plain = ConjugateGradients(A, b, x0, guarded(A, preconditioner), symmetry)
+    recursion: Recursion = plain
+    ratio = getattr(A, "residual_replacement", None)
+    if ratio is not None and true_residual:
+        recursion = _Corrected(plain, ratio, stop.target)
     return run(
         A,
         recursion,
@@ -99,6 +105,8 @@ def cg(
 
 class ConjugateGradients:
     """The vectors and scalars of the recursion."""
+
+    believes = True
 
     def __init__(
         self,
@@ -214,3 +222,53 @@ class ConjugateGradients:
         if not math.isfinite(self.rho):
             return Reason.NON_FINITE
         return Reason.INDEFINITE_PRECONDITIONER if self.rho <= 0 and self.residual_norm > 0 else None
+
+
+class _Corrected:
+    """Conjugate gradients whose residual is replaced by a true one before rounded products can have led it astray."""
+
+    # the residual that meets the target must be a true one
+    believes = False
+
+    def __init__(self, cg: ConjugateGradients, ratio: float, target: float) -> None:
+        self.cg, self._ratio, self._target = cg, ratio, target
+        self._replaced, self._replacing = math.inf, False
+
+    @property
+    def x(self) -> Tensor:
+        """The iterate."""
+        return self.cg.x
+
+    @property
+    def history(self) -> list[Iteration]:
+        """Its lines."""
+        return self.cg.history
+
+    def start(self, first: tuple[Tensor, Agreement] | None) -> Reason | None:
+        """Set out."""
+        reason = self.cg.start(first)
+        self._replaced = self.cg.residual_norm
+        return reason
+
+    def ask(self, reason: Reason | None, failure: Exception | None) -> tuple[Tensor, Agreement]:
+        """A p, or A x where the solve is to end or the residual to be replaced."""
+        self._replacing = reason is Reason.RESIDUAL_REPLACED
+        return self.cg.ask(reason, failure)
+
+    def advance(self, product: Tensor) -> Reason | None:
+        """One iteration, or a new residual."""
+        if self._replacing:
+            trouble = self.cg.replace_residual(self.cg.residual(product))
+            self._replaced = self.cg.residual_norm
+            return trouble or (Reason.RESIDUAL_TOLERANCE if self._replaced <= self._target else None)
+        reason = self.cg.advance(product)
+        due = self.cg.residual_norm < max(self._ratio * self._replaced, self._target)
+        return Reason.RESIDUAL_REPLACED if reason is None and due else reason
+
+    def residual(self, product: Tensor) -> Tensor:
+        """``b - A x``."""
+        return self.cg.residual(product)
+
+    def end(self, reason: Reason) -> tuple[Tensor, Iteration, Tensor | None]:
+        """Where the solve stands."""
+        return self.cg.end(reason)

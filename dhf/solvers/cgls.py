@@ -112,6 +112,8 @@ def cgls(
 class _LeastSquares:
     """Conjugate gradients on the normal equations, given curvatures and residuals from rows."""
 
+    believes = True
+
     def __init__(
         self,
         A: RowOperator,

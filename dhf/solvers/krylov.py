@@ -27,7 +27,13 @@ _ACCURACY_SLACK = 2.0
 
 
 class Recursion(Protocol):
-    """One solver's vectors and scalars."""
+    """One solver's vectors and scalars.
+
+    Attributes:
+        believes: Whether a residual of the recursion may end the solve without being taken anew first.
+    """
+
+    believes: bool
 
     @property
     def x(self) -> Tensor:
@@ -148,8 +154,10 @@ def run(
         ends = stop(recursion.history)
         keep(recursion)
         _note(recursion, callback)
-        # the end takes the residual anew by itself
-        return ends or reason if reason is Reason.RESIDUAL_REPLACED else reason or ends
+        if reason is Reason.RESIDUAL_REPLACED:
+            # the end takes the residual anew by itself; but one that is not believed is no end
+            return ends if ends and (recursion.believes or ends is not Reason.RESIDUAL_TOLERANCE) else reason
+        return reason or ends
 
     reason, failure = _own_work(begin)
     true_norm = math.nan

@@ -147,6 +147,8 @@ class _Kept:
 class _MinimalResiduals:
     """Two Lanczos vectors, two directions, the residual, and the last rotation."""
 
+    believes = True
+
     def __init__(
         self,
         A: AgreeingOperator,

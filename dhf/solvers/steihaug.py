@@ -107,6 +107,8 @@ class _Exit:
 class _Truncated:
     """Conjugate gradients, and how far they are from the boundary."""
 
+    believes = True
+
     def __init__(self, cg: ConjugateGradients, radius: float) -> None:
         self.cg, self.radius = cg, radius
         # ‖x‖²_M, xᵀMp and ‖p‖²_M at the last product, α and β of its step

@@ -23,7 +23,7 @@ class Matrix:
         self.multiplied: list[Tensor] = []
         self.comm, self.space, self.in_pieces = Serial(), Replicated(), False
         self.gradient = torch.zeros(len(A), dtype=A.dtype)
-        self.total = Coordinator(self.comm).total
+        self.coordinator = Coordinator(self.comm)
 
     def matvec(self, v: Tensor) -> Tensor:
         self.multiplied.append(v.clone())
