@@ -19,6 +19,9 @@ __all__ = ["TorchDistributed"]
 
 T = TypeVar("T")
 
+# under their names of torch 2.13, and those of before
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _ROLL_CALL = 3.0  # seconds; who still runs has noticed by then, since the first to notice closes its connections
 
 
@@ -104,12 +107,12 @@ class TorchDistributed:
         """This rank's piece of the sum; see :class:`Communicator`."""
         self.collectives += 1
         group = self._group(buffer)
-        self._call("reduce-scatter", lambda: dist.reduce_scatter_tensor(out, buffer, group=group))
+        self._call("reduce-scatter", lambda: _reduce_scatter(out, buffer, group=group))
 
     def all_gather(self, piece: Tensor, out: Tensor) -> None:
         """Every rank's piece, in rank order; see :class:`Communicator`."""
         self.collectives += 1
-        self._call("all-gather", lambda: dist.all_gather_into_tensor(out, piece, group=self._group(piece)))
+        self._call("all-gather", lambda: _all_gather(out, piece, group=self._group(piece)))
 
     def broadcast(self, buffer: Tensor, source: int = 0) -> None:
         """Overwrite with the buffer of rank ``source``."""

@@ -37,6 +37,42 @@ def test_sums_copies_and_objects(size: int, dtype: torch.dtype) -> None:
         assert counted == 0
 
 
+def in_pieces(comm: Communicator, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, int]:
+    """A sum's piece, all pieces of it, and a sum that was only started at first."""
+    whole = torch.arange(3 * comm.size, dtype=dtype) * (comm.rank + 1)
+    piece = torch.empty(3, dtype=dtype)
+    comm.reduce_scatter(whole, piece)
+    again = torch.empty(3 * comm.size, dtype=dtype)
+    comm.all_gather(piece, again)
+    parts = [torch.full((5,), float(part + comm.rank)).to(dtype) for part in range(3)]
+    started = [comm.start_all_reduce(part) for part in parts]
+    for pending in started:
+        pending.wait()
+    return piece, again, torch.stack(parts), comm.collectives
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_pieces_and_early_starts(size: int, dtype: torch.dtype) -> None:
+    factor, numbers = size * (size + 1) // 2, torch.arange(3 * size, dtype=dtype)
+    found = ranks(size, in_pieces, dtype=dtype)
+    for rank, (piece, again, parts, _) in enumerate(found):
+        assert torch.equal(piece, factor * numbers[3 * rank : 3 * rank + 3])
+        assert torch.equal(again, factor * numbers)
+        assert parts[:, 0].tolist() == [size * part + size * (size - 1) // 2 for part in range(3)]
+
+
+def round_trip(comm: Communicator) -> Tensor:
+    numbers = torch.tensor([1.0, 2.0, 3.0]).bfloat16()
+    comm.all_reduce(numbers)
+    return numbers
+
+
+def test_half_precision_is_summed_too() -> None:
+    for numbers in ranks(3, round_trip):
+        assert numbers.tolist() == [3.0, 6.0, 9.0]
+
+
 def uneven_sum(comm: Communicator, number: int) -> Tensor:
     values = torch.rand(number, generator=torch.Generator().manual_seed(comm.rank))
     comm.all_reduce(values)
