@@ -7,6 +7,6 @@
 set -euo pipefail
 # shellcheck source=launch/setup.sh
 . "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
-set_up plot,test || exit $?
+set_up plot,mpi,test || exit $?
 cd "$ROOT"
 exec "$VENV/bin/python" -m pytest "$@"
