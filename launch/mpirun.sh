@@ -30,7 +30,8 @@ for flag in "$@"; do
   case $flag in --help | -h | --print-config*) exec "$VENV/bin/python" -m dhf.train "$@" ;; esac
 done
 
-read -r -a mpirun <<<"${MPIRUN:-$VENV/bin/mpiexec}"
+mpirun=("$VENV/bin/mpiexec")
+if [ -n "${MPIRUN:-}" ]; then read -r -a mpirun <<<"$MPIRUN"; fi
 command -v "${mpirun[0]}" >/dev/null || {
   echo "error: ${mpirun[0]} was not found; set MPIRUN to your MPI's mpirun" >&2
   exit 2

@@ -229,7 +229,8 @@ def _from_slurm(environment: Mapping[str, str]) -> Launch:
             environment.get("SLURM_STEP_TASKS_PER_NODE", str(size)), int(environment.get("SLURM_NODEID", "0"))
         ),
         environment.get("MASTER_ADDR") or first_host(nodes),
-        int(environment.get("MASTER_PORT") or 20000 + (job * 17 + step) % 20000),
+        # below the ports that the system gives out to connections
+        int(environment.get("MASTER_PORT") or 20000 + (job * 17 + step) % 12000),
         environment.get("SLURM_RESTART_COUNT", "0"),
     )
 
@@ -300,25 +301,27 @@ def _reach_other_hosts(launch: Launch, store: dist.Store) -> None:
     """Where ranks are on several hosts, let gloo listen on the interface that the way to the meeting host leads over.
 
     gloo itself takes the address that the host's own name resolves to: on Debian 127.0.1.1, where no other host finds it.
-    The meeting host, which holds the store, may know itself so, too; it learns its address from the others.
+    The meeting host, which holds the store, may know itself so, too; it learns its address from the others. Where all
+    ranks know it so, the several hosts are one.
     """
-    if not _knows_hosts(launch) or launch.local_size == launch.size or not launch.address:
+    if not _knows_hosts(launch) or launch.local_size == launch.size:
         return
-    way = route(launch.address)
-    if way is None:
+    here, there = (launch.address and route(launch.address)) or ("", "")
+    inside = bool(here) and is_loopback(here)
+    store.set(f"way/{launch.rank}", "" if inside else there)
+    if "GLOO_SOCKET_IFNAME" in os.environ or not here:
         return
-    here, there = way
-    if not is_loopback(here):
-        store.compare_set("address", "", there)
-    if "GLOO_SOCKET_IFNAME" in os.environ:
-        return
-    try:
-        name = interface_of(store.get("address").decode() if is_loopback(here) else here)
-    except RuntimeError as error:
-        raise CommunicationError(
-            f"rank {launch.rank} of {launch.size}: no rank of another host came to {launch.address}:{launch.port} in time: "
-            f"{str(error).splitlines()[0]}"
-        ) from error
+    if inside:
+        try:
+            # the last rank is the one most likely on another host
+            told = (store.get(f"way/{rank}").decode() for rank in reversed(range(launch.size)))
+            here = next((address for address in told if address), here)
+        except RuntimeError as error:
+            raise CommunicationError(
+                f"rank {launch.rank} of {launch.size}: not all ranks came to {launch.address}:{launch.port} in time: "
+                f"{str(error).splitlines()[0]}"
+            ) from error
+    name = interface_of(here)
     if name is not None:
         os.environ["GLOO_SOCKET_IFNAME"] = name
 

@@ -147,21 +147,23 @@ class Mpi:
         if not buffer.is_contiguous():
             raise ValueError("a collective needs a contiguous tensor")
         plain = buffer.detach()
-        if plain.device.type != "cpu":
-            torch.cuda.current_stream(plain.device).synchronize()
+        taken = self._staged(plain)
+        if taken.device.type != "cpu":
+            torch.cuda.current_stream(taken.device).synchronize()  # MPI knows nothing of streams
+        yield taken
+        if taken is not plain:
+            plain.copy_(taken)
+
+    def _staged(self, plain: Tensor) -> Tensor:
+        direct = self._direct or plain.device.type == "cpu"
         if plain.dtype in _HALF:
-            staged = plain.float() if self._direct else plain.float().cpu()
-        elif self._direct or plain.device.type == "cpu":
-            yield plain
-            return
-        else:
-            key = plain.dtype, plain.numel()
-            if key not in self._staging:
-                self._staging[key] = torch.empty(plain.shape, dtype=plain.dtype, pin_memory=True)
-            staged = self._staging[key].view(plain.shape)
-            staged.copy_(plain)
-        yield staged
-        plain.copy_(staged)
+            return plain.float() if direct else plain.float().cpu()
+        if direct:
+            return plain
+        key = plain.dtype, plain.numel()
+        if key not in self._staging:
+            self._staging[key] = torch.empty(plain.shape, dtype=plain.dtype, pin_memory=True)
+        return self._staging[key].view(plain.shape).copy_(plain)
 
     def _call(self, what: str, start: Callable[[], MPI.Request], timeout: float | None = None) -> None:
         """Start it, and wait until it is done; the error says who is missing, and no further work is then started."""

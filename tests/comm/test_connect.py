@@ -26,6 +26,13 @@ SRUN = {
     "SLURM_STEP_TASKS_PER_NODE": "2(x3)",
     "PMI_SIZE": "6",
 }
+OPEN_MPI = {
+    "OMPI_COMM_WORLD_SIZE": "6",
+    "OMPI_COMM_WORLD_RANK": "5",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+}
+MPICH = {"PMI_SIZE": "6", "PMI_RANK": "5", "MPI_LOCALNRANKS": "2", "MPI_LOCALRANKID": "1"}
 
 
 # detect
@@ -103,10 +110,26 @@ def test_torchrun_under_srun_is_torchrun() -> None:
     assert detect({**SRUN, **TORCHRUN}).launcher == "torchrun"
 
 
-@pytest.mark.parametrize("variable", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
-def test_mpirun_is_refused(variable: str) -> None:
-    with pytest.raises(dhf.UsageError, match=rf"mpirun started 4 processes \({variable}\).*torchrun or srun"):
-        detect({variable: "4"})
+@pytest.mark.parametrize("variables", [OPEN_MPI, MPICH])
+def test_mpirun(variables: dict[str, str]) -> None:
+    assert detect(variables) == Launch("mpirun", 5, 6, 1, 2, address="")
+    met = detect({**variables, "MASTER_ADDR": "head", "MASTER_PORT": "1234", "SLURM_RESTART_COUNT": "2"})
+    assert met == Launch("mpirun", 5, 6, 1, 2, "head", 1234, "2")
+
+
+@pytest.mark.parametrize("variables", [OPEN_MPI, MPICH])
+def test_mpirun_in_a_slurm_job_is_mpirun(variables: dict[str, str]) -> None:
+    """It has srun start a daemon on each node, whose variables the ranks inherit."""
+    daemon = {**SRUN, "SLURM_STEP_NUM_TASKS": "3", "SLURM_PROCID": "2", "SLURM_STEP_TASKS_PER_NODE": "1(x3)"}
+    assert detect({**daemon, **variables}) == Launch("mpirun", 5, 6, 1, 2, address="")
+
+
+def test_variables_of_pmi_alone() -> None:
+    assert detect({"PMI_SIZE": "4", "PMI_RANK": "3"}) == Launch("mpirun", 3, 4, 3, 4, address="")
+
+
+@pytest.mark.parametrize("variable", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS"])
+def test_mpirun_of_one_process_is_one_process(variable: str) -> None:
     assert detect({variable: "1"}) == Launch("none")
 
 
@@ -139,7 +162,7 @@ def test_no_first_host() -> None:
 @pytest.fixture
 def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """No launcher's variables."""
-    for name in (*TORCHRUN, *SRUN, "LOCAL_RANK", "LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_SIZE"):
+    for name in (*TORCHRUN, *SRUN, *OPEN_MPI, *MPICH, "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     return monkeypatch
 
@@ -173,6 +196,14 @@ def test_serial_with_several_ranks(environment: pytest.MonkeyPatch) -> None:
         environment.setenv(name, value)
     with pytest.raises(dhf.UsageError, match="serial is one process, but 8 ranks were started"):
         dhf.connect("serial")
+
+
+def test_mpi_with_ranks_that_mpi_does_not_know(environment: pytest.MonkeyPatch) -> None:
+    for name, value in TORCHRUN.items():
+        environment.setenv(name, value)
+    words = "--backend mpi needs ranks that MPI knows, and torchrun started these; use mpirun or srun"
+    with pytest.raises(dhf.UsageError, match=words):
+        dhf.connect("mpi", device="cpu")
 
 
 def test_threads(environment: pytest.MonkeyPatch) -> None:
