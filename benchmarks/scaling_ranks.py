@@ -169,7 +169,7 @@ class Run:
             nonlocal most
             found = {}
             for thing in gc.get_objects():
-                if isinstance(thing, Tensor) and not isinstance(thing, torch.nn.Parameter) and thing.dim() == 1:
+                if type(thing) is Tensor and thing.dim() == 1:
                     numbers = thing.untyped_storage().nbytes() // thing.itemsize
                     if n // size <= numbers <= n + 64 or numbers == -(-n // size) * size:
                         found[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
