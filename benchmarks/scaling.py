@@ -115,7 +115,7 @@ def measure_all(rounds: int) -> list[dict[str, Any]]:
 
         for ranks in (1, 2, 4):
             batches = [1024, 4096, 2048] if ranks == 4 else [512, 1024, 2048]
-            memory = [{**solve(256), "kind": "memory", "vectors": v} for v in ("replicated", "sharded")]
+            memory = [{**step(256), "kind": "memory", "vectors": v} for v in ("replicated", "sharded")]
             take("this machine", torchrun(ranks, *worker([*setups(batches, steps=True), *memory], rounds, out)))
         mpiexec = Path(sys.executable).parent / "mpiexec"
         if mpiexec.exists():
@@ -299,7 +299,8 @@ def summary(rows: list[dict[str, Any]], cores: int) -> dict[str, Any]:
         whole, pieces = (
             statistics.median(p["megabytes"] for p in held[v]["phases"]) for v in ("replicated", "sharded")
         )
-        needed = 2 * 4e-6 * held["replicated"]["n"]  # the direction and the product are whole in any case
+        # whole in any case: the direction, the product, the parameters at the step's start, and their snapshot
+        needed = 4 * 4e-6 * held["replicated"]["n"]
         found[f"vector memory, {ranks} ranks"] = {
             "replicated_mb": whole,
             "sharded_mb": pieces,

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous.api import RendezvousError
 from torch.distributed.run import main
 
 RANK_FAILURE = 5
@@ -36,6 +37,10 @@ def launch(arguments: list[str]) -> int:
                 return failure.exitcode
             name = signal.Signals(-failure.exitcode).name
             print(f"error: rank {rank} was ended by {name} (process {failure.pid})", file=sys.stderr)
+            return RANK_FAILURE
+        except RendezvousError as error:
+            cause = str(error).partition(". See ")[0]
+            print(f"error: this launcher lost the host where the launchers meet: {cause}", file=sys.stderr)
             return RANK_FAILURE
         except SignalException as error:
             return int(told.read_text()) if told.exists() else 128 + error.sigval

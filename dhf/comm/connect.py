@@ -89,7 +89,7 @@ def connect(
     launch = _existing_group() or detect(os.environ)
     if launch.size > 1 and backend == "serial":
         raise UsageError(f"--backend serial is one process, but {launch.size} ranks were started; use --backend gloo")
-    backend, place = _choose(launch, backend, device)
+    backend, place = _choose_together(launch, backend, device)
     if backend == "nccl":  # else its watchdog ends the process, and nobody says why
         os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
     _set_threads(launch, threads)
@@ -251,6 +251,22 @@ def _tasks_on_node(layout: str, node: int) -> int:
             raise UsageError(f"cannot read SLURM_STEP_TASKS_PER_NODE={layout!r}")
         counts += [int(match[1])] * int(match[2] or 1)
     return counts[node]
+
+
+def _choose_together(launch: Launch, backend: str, device: str) -> tuple[str, torch.device]:
+    """As :meth:`_choose`; where MPI connects the ranks, what one refuses is told to all, which would wait for it for ever."""
+    try:
+        chosen, refusal = _choose(launch, backend, device), ""
+    except UsageError as error:
+        chosen, refusal = None, str(error)
+    if launch.launcher in ("mpirun", "slurm") and "mpi" in (backend, chosen[0] if chosen else backend):
+        world = load().COMM_WORLD
+        check_size(world.Get_size(), os.environ)
+        found = world.allgather(refusal)
+        refusal = refusal or next((f"rank {rank}: {words}" for rank, words in enumerate(found) if words), "")
+    if chosen is None or refusal:
+        raise UsageError(refusal)
+    return chosen
 
 
 def _choose(launch: Launch, backend: str, device: str) -> tuple[str, torch.device]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import queue
 import re
+import threading
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -180,6 +183,14 @@ class TorchDistributed:
         """The ranks that are still there, this one included; None if the store does not answer either."""
         if self._store is None and not dist.is_initialized():
             return None
+        answer: queue.SimpleQueue[list[int] | None] = queue.SimpleQueue()
+        # torch's store has no timeout for its answers: behind a link that is down it blocks while TCP repeats itself
+        threading.Thread(target=lambda: answer.put(self._ask_store()), name="dhf-roll-call", daemon=True).start()
+        with contextlib.suppress(queue.Empty):
+            return answer.get(timeout=2 * _ROLL_CALL)
+        return None
+
+    def _ask_store(self) -> list[int] | None:
         try:
             store = self._store if self._store is not None else dist.distributed_c10d._get_default_store()
             store.set(f"{self._name}/here/{self.rank}", "")

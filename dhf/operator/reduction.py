@@ -304,16 +304,17 @@ class Pieces:
         options: dict[str, Any] = {"dtype": parameters.dtype, "device": parameters.device}
         self._n = parameters.numel
         self._gathered, self._summed = torch.zeros(k * comm.size, **options), torch.zeros(k * comm.size, **options)
-        self._piece, self._nothing = torch.zeros(k, **options), torch.zeros(k, **options)
+        self._piece = torch.zeros(k, **options)
         self._space = _InPieces(coordinator, self._gathered, self._n, k)
         self.space: VectorSpace = self._space
 
     def reduce(self, work: Work, v: Tensor | None, status: Status, add: Sequence[tuple[Tensor, float]] = ()) -> Reduced:
         """See :class:`Reduction`."""
-        failure, given = status.failure, self._nothing
+        failure, given = status.failure, v
         if v is not None and failure is None:
             _, failure = capture(lambda: self._space.check(v))
-            given = v if failure is None else given
+        if given is None or failure is not None:
+            given = self._piece.zero_()
         self._coordinator.all_gather(given, self._gathered)
         riders = torch.zeros(self._riders, dtype=self._summed.dtype, device=self._summed.device)
         out = self._summed[: self._n]
