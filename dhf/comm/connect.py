@@ -254,12 +254,13 @@ def _tasks_on_node(layout: str, node: int) -> int:
 
 
 def _choose_together(launch: Launch, backend: str, device: str) -> tuple[str, torch.device]:
-    """As :meth:`_choose`; where MPI connects the ranks, what one refuses is told to all, which would wait for it for ever."""
+    """As :func:`_choose`; where MPI connects the ranks, what one refuses is told to all, which would wait for it for ever."""
     try:
         chosen, refusal = _choose(launch, backend, device), ""
     except UsageError as error:
         chosen, refusal = None, str(error)
-    if launch.launcher in ("mpirun", "slurm") and "mpi" in (backend, chosen[0] if chosen else backend):
+    by_mpi = backend == "mpi" or (backend == "auto" and launch.launcher == "mpirun")
+    if by_mpi and launch.launcher in ("mpirun", "slurm"):
         world = load().COMM_WORLD
         check_size(world.Get_size(), os.environ)
         found = world.allgather(refusal)
