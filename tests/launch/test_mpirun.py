@@ -192,6 +192,7 @@ def test_an_uncaught_exception_in_a_users_script(mpi: str) -> None:
     assert not list(Path().glob("went-on.*"))
 
 
+@pytest.mark.long
 def test_a_rank_of_a_users_script_that_leaves_without_closing(mpi: str) -> None:
     """Nothing that it does as it ends may pass for its part in the others' sum."""
     Path("script.py").write_text(LEAVES)
@@ -227,6 +228,7 @@ def test_a_stopped_rank_is_named_after_the_timeout(mpi: str) -> None:
 
 
 @needs_proc
+@pytest.mark.long
 def test_a_killed_rank_ends_the_job(mpi: str) -> None:
     """The launcher ends the others, which can write nothing more."""
     launched = started(mpi, 3, *TRAIN, *FAULT, "SIGKILL", "--checkpoint-every", "1")
@@ -240,6 +242,7 @@ def test_a_killed_rank_ends_the_job(mpi: str) -> None:
 
 
 @needs_proc
+@pytest.mark.long
 def test_a_signal_to_one_rank_stops_all(mpi: str) -> None:
     launched = started(mpi, 2, *TRAIN, *ENDLESS)
     launched.wait_for_step(2)
@@ -262,6 +265,7 @@ def test_a_signal_that_the_launcher_passes_on(mpi: str) -> None:
 
 
 @needs_proc
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["of its own", "SIGKILL"])
 def test_a_signal_that_the_launcher_does_not_pass_on(mpi: str, name: str) -> None:
     """SIGUSR2 ends mpich's mpiexec; Open MPI's mpirun, on SIGTERM, leaves ranks a second or so. No rank outlives either."""

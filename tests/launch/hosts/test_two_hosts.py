@@ -111,6 +111,7 @@ def test_a_pinn_by_a_static_rendezvous_trains_as_one_process_does(tmp_path: Path
     assert job.losses() == pytest.approx(alone(tmp_path / "one", *PINN), rel=1e-9)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("delay_us", "rate_mbit"), [(1000, 0), (0, 100)])
 def test_a_slow_link_changes_no_bit(tmp_path: Path, fast: Job, delay_us: int, rate_mbit: int) -> None:
     with linked(delay_us, rate_mbit) as hosts:
@@ -151,7 +152,7 @@ def test_a_link_that_is_cut_ends_the_ranks_on_both_hosts(tmp_path: Path) -> None
     assert (result["exit_code"], result["reason"], result["failed_rank"]) == (5, "COMMUNICATION_FAILED", 2)
 
 
-@pytest.mark.parametrize(("rendezvous", "dies"), [("static", 1), ("c10d", 0)])
+@pytest.mark.parametrize(("rendezvous", "dies"), [("static", 1), pytest.param("c10d", 0, marks=pytest.mark.long)])
 def test_a_host_that_dies_ends_the_other(tmp_path: Path, rendezvous: str, dies: int) -> None:
     with linked() as hosts:
         job = Job(hosts, tmp_path, *ENDLESS, rendezvous=rendezvous)
