@@ -453,7 +453,8 @@ def draw(found: dict[str, Any], rows: list[dict[str, Any]], path: Path) -> None:
         left.bar([f"{r}\n{v}" if r > 1 else "1" for r, v in shown], heights, bottom=bottoms, label=name)
         bottoms += heights
     left.set(xlabel="ranks, one thread each, on 2 cores", ylabel="seconds of a step, batch 2,048", title="Measured")
-    left.legend()
+    left.set_ylim(0, 1.25 * max(bottoms))
+    left.legend(loc="upper left", ncols=3, fontsize=8)
     styles = {"replicated": "-", "sharded": "--", "early": ":"}
     for colour, (name, by_how) in zip(("C0", "C1", "C2"), found["predictions"].items(), strict=True):
         for how, by_gpus in by_how.items():

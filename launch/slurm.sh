@@ -90,6 +90,8 @@ run_ranks() {
     REASON=$(from_result reason)
     say "exit code $code ($REASON), from $RUN_DIR/result.json; the launcher's was $said"
   else
+    # SIGUSR2 ends a rank that has not got as far as to wait for it
+    if [ -n "$WARNED" ] && [ "$code" = 140 ]; then code=75; fi
     case $code in
       0 | 2 | 3 | 4 | 5 | 75) say "exit code $code" ;;
       *) say "exit code 5: the launcher's was $code, and there is no result of this attempt" && code=5 ;;

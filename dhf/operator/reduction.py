@@ -397,10 +397,10 @@ class _InPieces:
         return self._n
 
     def piece(self, whole: Tensor) -> Tensor:
-        """This rank's k numbers; a copy where the last piece must be filled up."""
+        """This rank's k numbers, as a copy: a view would keep the whole alive."""
         first = self._coordinator.comm.rank * self._k
         piece = whole[first : first + self._k]
-        return piece if len(piece) == self._k else torch.nn.functional.pad(piece, (0, self._k - len(piece)))
+        return torch.nn.functional.pad(piece, (0, self._k - len(piece))) if len(piece) < self._k else piece.clone()
 
     def whole(self, piece: Tensor) -> Tensor:
         """All pieces, gathered; a new tensor. Collective."""

@@ -4,7 +4,6 @@
 #   bash tests/launch/slurm/cluster.sh up FOLDER [NODES] [CPUS]    # then: export SLURM_CONF=FOLDER/slurm.conf
 #   bash tests/launch/slurm/cluster.sh down FOLDER
 #   bash tests/launch/slurm/cluster.sh down FOLDER PID             # once that process has ended
-#   bash tests/launch/slurm/cluster.sh install                     # the Debian packages
 #
 # All state is in FOLDER, with keys, sockets and ports of its own: a SLURM that the machine may have is left alone.
 # The names of the nodes (n1, n2) do not resolve; partition "urgent" pre-empts jobs of "main", which SLURM requeues,
@@ -114,12 +113,7 @@ down() {
   done
 }
 
-[ $# -ge 1 ] || { sed -n 2,10p "$0" && exit 2; }
+[ $# -ge 2 ] || { sed -n 2,9p "$0" && exit 2; }
 command=$1
-if [ "$command" = install ]; then
-  export DEBIAN_FRONTEND=noninteractive
-  apt-get update -qq
-  exec apt-get install -qq -y --no-install-recommends slurm-wlm munge libpmi2-0 openmpi-bin
-fi
 FOLDER=$(realpath "$2")
 "$command" "${@:3}"
