@@ -164,7 +164,7 @@ def cluster() -> Iterator[Cluster]:
     # also if this process is killed
     watch = subprocess.Popen([*down, str(os.getpid())], start_new_session=True)
     try:
-        subprocess.run(["bash", SCRIPT, "up", folder, str(NODES), "8"], check=True, timeout=90)
+        subprocess.run(["bash", SCRIPT, "up", folder, str(NODES), "6"], check=True, timeout=90)
         yield Cluster(folder)
     finally:
         subprocess.run(down, check=True, timeout=90)
