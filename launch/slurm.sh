@@ -127,7 +127,7 @@ settle() {
     say "not requeued: it was restarted $most times (DHF_MAX_RESTARTS)"
     return
   fi
-  say "requeued: $why; it goes on at $(latest)"
+  say "requeueing: $why; it goes on at $(latest)"
   scontrol requeue "$JOB" || say "scontrol could not requeue it: sbatch --no-requeue, or the site forbids it"
 }
 

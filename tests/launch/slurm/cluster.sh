@@ -3,7 +3,7 @@
 #
 #   bash tests/launch/slurm/cluster.sh up FOLDER [NODES] [CPUS]    # then: export SLURM_CONF=FOLDER/slurm.conf
 #   bash tests/launch/slurm/cluster.sh down FOLDER
-#   bash tests/launch/slurm/cluster.sh down FOLDER PID             # once that process has ended
+#   bash tests/launch/slurm/cluster.sh down FOLDER PID             # once that process has ended; then FOLDER goes, too
 #
 # All state is in FOLDER, with keys, sockets and ports of its own: a SLURM that the machine may have is left alone.
 # The names of the nodes (n1, n2) do not resolve; partition "urgent" pre-empts jobs of "main", which SLURM requeues,
@@ -90,8 +90,8 @@ CONF
 }
 
 down() {
-  local name pid
-  while [ $# -gt 0 ] && kill -0 "$1" 2>/dev/null; do sleep 1; done
+  local name pid owner=${1:-}
+  while [ -n "$owner" ] && kill -0 "$owner" 2>/dev/null; do sleep 1; done
   [ -e "$FOLDER/slurm.conf" ] || return 0
   export SLURM_CONF=$FOLDER/slurm.conf
   # the jobs first, since they would outlive their daemons
@@ -111,6 +111,7 @@ down() {
     done
     kill -9 "$pid" 2>/dev/null || true
   done
+  [ -z "$owner" ] || rm -rf "$FOLDER"
 }
 
 [ $# -ge 2 ] || { sed -n 2,9p "$0" && exit 2; }

@@ -145,7 +145,7 @@ def check_went_on(job: Job, whole: list[float]) -> None:
 def test_the_end_of_time_requeues_a_job_once(name, stopped, whole):
     job = stopped[name]
     check_went_on(job, whole)
-    assert job.said().count("slurm: requeued: its time is nearly over; it goes on at step-3") == 1, job.said()
+    assert job.said().count("slurm: requeueing: its time is nearly over; it goes on at step-3") == 1, job.said()
 
 
 def test_a_job_that_does_no_step_is_not_requeued(jobs):
@@ -228,6 +228,6 @@ def test_a_script_that_does_not_find_dhf_says_so(script, tmp_path):
 def test_pre_emption_requeues_a_job_once(partition, pre_empted, whole):
     job = pre_empted[partition]
     check_went_on(job, whole)
-    by_script = job.said().count("slurm: requeued: pre-empted; it goes on at step-3")
+    by_script = job.said().count("slurm: requeueing: pre-empted; it goes on at step-3")
     assert by_script == (partition == "graceful"), job.said()
     assert ("not requeued by this script: SLURM has ended the job" in job.said()) == (partition == "main")
