@@ -392,8 +392,14 @@ class HessianFree(torch.optim.Optimizer):
             gather(self.coordinator, self.objective)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a resumed run needs to go on exactly: steering, warm start, preconditioner and step number."""
+        """Everything a resumed run needs to go on exactly: steering, warm start, preconditioner and step number.
+
+        Of a preconditioner of which this rank holds a piece alone (see :meth:`consolidate_state_dict`), nothing: a resumed run
+        makes it anew.
+        """
         preconditioner, forcing = self._memory()
+        if not getattr(self._precondition, "is_whole", True):
+            preconditioner = None
         self.state[self.parameters.tensors[0]] = {
             "steering": self.steering.state_dict(),
             "steps": self._steps,

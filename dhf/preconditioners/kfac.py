@@ -78,7 +78,7 @@ class KFAC:
         in_blocks = operator.parameters.split(rest)
         parts, owners = [], []
         for layer, owner, used, eigen in zip(
-            layers, self._owners(operator, layers), self._used, self._eigen, strict=True
+            layers, _owners(layers, operator.comm.size), self._used, self._eigen, strict=True
         ):
             if not used:
                 continue
@@ -95,16 +95,6 @@ class KFAC:
 
         return apply
 
-    @staticmethod
-    def _owners(operator: GlobalOperator, layers: list[Layer]) -> list[int]:
-        """The rank that takes each layer's eigenvalues: the largest layers first, each to the rank with the least to do."""
-        work = [0.0] * operator.comm.size
-        owners = [0] * len(layers)
-        for i in sorted(range(len(layers)), key=lambda i: (-sum(s**3 for s in layers[i].sizes), i)):
-            owners[i] = work.index(min(work))
-            work[owners[i]] += sum(s**3 for s in layers[i].sizes)
-        return owners
-
     def _renew(self, operator: GlobalOperator, layers: list[Layer]) -> None:
         objective, parameters = operator.objective, operator.parameters
         add = functools.partial(add_factors, objective, parameters, layers, self._seed + self._calls)
@@ -115,13 +105,12 @@ class KFAC:
             piece.add_(piece.mean()).mul_(0.5)
         self._diagonal = squares
         self._used = [float(p) > 0 for p in places]
-        owners = self._owners(operator, layers)
-
+        owners, rank = _owners(layers, operator.comm.size), operator.comm.rank
         self._eigen = [None] * len(layers)
 
         def take_own() -> None:
             for i, owner in enumerate(owners):
-                if self._used[i] and owner == operator.comm.rank:
+                if self._used[i] and owner == rank:
                     self._eigen[i] = _eigen(factors[2 * i] / float(places[i])), _eigen(factors[2 * i + 1])
 
         if operator.in_pieces:
@@ -135,18 +124,19 @@ class KFAC:
     def _share(
         self, coordinator: Coordinator, layers: list[Layer], take_own: Callable[[], None] = lambda: None
     ) -> None:
-        """Give every rank the eigenvalues and eigenvectors of all layers, once each has taken its own."""
+        """Give every rank the eigenvalues and eigenvectors of all layers from their owners, once each has taken its own."""
         sizes = [[size for s in layer.sizes for size in (s, s * s)] for layer in layers]
-        like = self._diagonal
+        owners, like = _owners(layers, coordinator.comm.size), self._diagonal
 
         def mine() -> Tensor:
             take_own()
-            return torch.cat(
-                [
-                    like.new_zeros(sum(wanted)) if e is None else torch.cat([t.reshape(-1) for pair in e for t in pair])
-                    for e, wanted in zip(self._eigen, sizes, strict=True)
-                ]
-            )
+            parts = []
+            for eigen, wanted, owner in zip(self._eigen, sizes, owners, strict=True):
+                if eigen is None or owner != coordinator.comm.rank:
+                    parts.append(like.new_zeros(sum(wanted)))
+                else:
+                    parts += [t.reshape(-1) for pair in eigen for t in pair]
+            return torch.cat(parts)
 
         total = coordinator.total(mine, (sum(map(sum, sizes)),), like)
         for i, (layer, flat) in enumerate(zip(layers, total.split([sum(s) for s in sizes]), strict=True)):
@@ -154,6 +144,11 @@ class KFAC:
                 a, g = layer.sizes
                 values_a, vectors_a, values_g, vectors_g = flat.split(sizes[i])
                 self._eigen[i] = ((values_a, vectors_a.view(a, a)), (values_g, vectors_g.view(g, g)))
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether this rank holds all that is kept, and not its own layers alone."""
+        return all(eigen is not None for eigen, used in zip(self._eigen, self._used, strict=True) if used)
 
     def consolidate(self, coordinator: Coordinator, objective: Objective) -> None:
         """Have every rank hold all that is kept, for :meth:`state_dict`. Collective."""
@@ -185,6 +180,16 @@ class KFAC:
         self._used = list(state["used"])
 
 
+def _owners(layers: list[Layer], ranks: int) -> list[int]:
+    """The rank that takes each layer's eigenvalues: the largest layers first, each to the rank with the least to do."""
+    work, owners = [0.0] * ranks, [0] * len(layers)
+    costs = [sum(size**3 for size in layer.sizes) for layer in layers]
+    for i in sorted(range(len(layers)), key=lambda i: (-costs[i], i)):
+        owners[i] = work.index(min(work))
+        work[owners[i]] += costs[i]
+    return owners
+
+
 def _solve(
     parameters: Parameters,
     layer: Layer,
@@ -212,4 +217,5 @@ def _eigen(factor: Tensor) -> Eigen:
         values, vectors = torch.linalg.eigh(factor)
     except torch.linalg.LinAlgError:  # float32 may fail to converge on a matrix that float64 has no trouble with
         values, vectors = torch.linalg.eigh(factor.double())
-    return values.clamp(min=0).to(factor.dtype), vectors.to(factor.dtype)
+    # row by row, as they are after ranks have exchanged them: another layout would round otherwise
+    return values.clamp(min=0).to(factor.dtype), vectors.to(factor.dtype).contiguous()

@@ -71,7 +71,7 @@ class Nystrom:
 
     def _stored_as(self, operator: GlobalOperator) -> Tensor:
         """U as the operator stores vectors, one per column."""
-        if operator.in_pieces and len(self._vectors) == self._length:
+        if operator.in_pieces and self.is_whole:
             self._vectors = _rows(self._vectors, operator.comm.rank, operator.comm.size)
         return self._vectors
 
@@ -126,24 +126,22 @@ class Nystrom:
         own = (Q @ inner[rank * k : rank * k + Q.shape[1]]).to(operator.dtype)
         self._values = (singular.square() - nu).clamp_(min=0).to(operator.dtype)
         self._length = n
-        self._vectors = own if operator.in_pieces else self._whole(operator.coordinator, own)
+        self._vectors = own if operator.in_pieces or size == 1 else self._whole(operator.coordinator, own)
 
     def _whole(self, coordinator: Coordinator, own: Tensor) -> Tensor:
         """All ranks' rows."""
-        rank, size = coordinator.comm.rank, coordinator.comm.size
-        if size == 1:
-            return own
+        whole = own.new_empty(len(own) * coordinator.comm.size, own.shape[1])
+        coordinator.all_gather(own.reshape(-1), whole.view(-1))
+        return whole[: self._length].clone()
 
-        def place() -> Tensor:
-            out = own.new_zeros(size, *own.shape)
-            out[rank] = own
-            return out
-
-        return coordinator.total(place, (size, *own.shape), own).flatten(0, 1)[: self._length].clone()
+    @property
+    def is_whole(self) -> bool:
+        """Whether this rank holds all that is kept, and not its own rows alone."""
+        return len(self._vectors) == self._length
 
     def consolidate(self, coordinator: Coordinator, objective: Objective) -> None:
         """Have every rank hold all that is kept, for :meth:`state_dict`. Collective."""
-        if self._length and len(self._vectors) != self._length:
+        if not self.is_whole:
             self._vectors = self._whole(coordinator, self._vectors)
 
     def state_dict(self) -> dict[str, Any]:

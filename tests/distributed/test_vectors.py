@@ -64,7 +64,7 @@ def test_parts_of_two_ranks_give_the_same_bits(micro: int | None) -> None:
         assert collectives > runs[0][0][2]
 
 
-def multiply(comm: Communicator, shards: list[int], vectors: str, parameters: int = 0) -> dict[str, Any]:
+def multiply(comm: Communicator, shards: list[int], vectors: str) -> dict[str, Any]:
     """Products, gradient and inner products of a rank, put together again."""
     objective, batch = model("layernorm", "cross_entropy", SAMPLES, weight_decay=0.01)
     with dhf.Hessian(objective, my_batches(comm, batch, shards, 2), comm=comm, vectors=vectors) as A:
@@ -194,8 +194,11 @@ def test_training_with_rounded_products() -> None:
         assert rounded == pytest.approx(full, rel=2e-2)
 
 
-def resumed(comm: Communicator, preconditioner: str) -> tuple[Tensor, Tensor]:
-    """Parameters after four steps, and after two, a state that went over disk, and two more."""
+def resumed(comm: Communicator, preconditioner: str, gathered: int) -> tuple[Tensor, Tensor]:
+    """Parameters after four steps, and after two, a state that went over disk, and two more.
+
+    ``gathered`` is how often the ranks put the state together before it is taken.
+    """
     objective, x, y = problem("bce")
     mine = slice(12 * comm.rank, 12 * comm.rank + 12)
     options: dict[str, Any] = {
@@ -208,7 +211,8 @@ def resumed(comm: Communicator, preconditioner: str) -> tuple[Tensor, Tensor]:
     optimizer = dhf.HessianFree(objective, **options)
     for _ in range(2):
         optimizer.step([(x[mine], y[mine])])
-    optimizer.consolidate_state_dict()
+    for _ in range(gathered):
+        optimizer.consolidate_state_dict()
     state, weights = optimizer.state_dict(), copy.deepcopy(objective.module.state_dict())
     stored = comm.gather_objects(state)[0]  # rank 0's is what is written
     buffer = io.BytesIO()
@@ -225,7 +229,17 @@ def resumed(comm: Communicator, preconditioner: str) -> tuple[Tensor, Tensor]:
     return went_on, nn.utils.parameters_to_vector(objective.module.parameters()).detach().clone()
 
 
+@pytest.mark.parametrize("gathered", [1, 2])
 @pytest.mark.parametrize("preconditioner", ["kfac", "nystrom"])
-def test_a_resumed_run_with_pieces_is_bitwise_the_same(preconditioner: str) -> None:
-    for went_on, again in ranks(3, resumed, preconditioner=preconditioner):
+def test_a_resumed_run_with_pieces_is_bitwise_the_same(preconditioner: str, gathered: int) -> None:
+    undisturbed, _ = ranks(3, resumed, preconditioner=preconditioner, gathered=0)[0]
+    for went_on, again in ranks(3, resumed, preconditioner=preconditioner, gathered=gathered):
         assert torch.equal(went_on, again)
+        assert torch.equal(went_on, undisturbed)
+
+
+@pytest.mark.parametrize("preconditioner", ["kfac", "nystrom"])
+def test_a_state_that_one_rank_saved_alone_makes_the_preconditioner_anew(preconditioner: str) -> None:
+    """As the last survivor of a run does; its own piece must not be taken for the whole."""
+    for went_on, again in ranks(3, resumed, preconditioner=preconditioner, gathered=0):
+        assert relative_error(again, went_on) < 0.05
