@@ -163,9 +163,7 @@ class Coordinator:
 
     def all_reduce(self, buffer: Tensor) -> None:
         """The communicator's sum, timed."""
-        began = time.perf_counter()
-        self.comm.all_reduce(buffer)
-        self.seconds_waiting += time.perf_counter() - began
+        self._timed(lambda: self.comm.all_reduce(buffer))
 
     def start_all_reduce(self, buffer: Tensor) -> Pending:
         """The communicator's sum, started; :meth:`wait` times what is left of it."""
@@ -173,38 +171,41 @@ class Coordinator:
 
     def wait(self, pending: Pending) -> None:
         """Until what was started is done."""
-        began = time.perf_counter()
-        pending.wait()
-        self.seconds_waiting += time.perf_counter() - began
+        self._timed(pending.wait)
 
     def reduce_scatter(self, buffer: Tensor, out: Tensor) -> None:
         """The communicator's, timed."""
-        began = time.perf_counter()
-        self.comm.reduce_scatter(buffer, out)
-        self.seconds_waiting += time.perf_counter() - began
+        self._timed(lambda: self.comm.reduce_scatter(buffer, out))
 
     def all_gather(self, piece: Tensor, out: Tensor) -> None:
         """The communicator's, timed."""
-        began = time.perf_counter()
-        self.comm.all_gather(piece, out)
-        self.seconds_waiting += time.perf_counter() - began
+        self._timed(lambda: self.comm.all_gather(piece, out))
 
-    def total(self, function: Callable[[], Tensor | None], shape: Sequence[int], like: Tensor) -> Tensor:
+    def total(
+        self,
+        function: Callable[[], Tensor | None],
+        shape: Sequence[int],
+        like: Tensor,
+        *,
+        failure: BaseException | None = None,
+    ) -> Tensor:
         """The sum over ranks of what each one's function returns, with the status riding along; the same bits on every rank.
 
         Args:
             function: Returns a tensor of ``shape``, or None for zeros; where it fails on a rank, all ranks raise.
             shape: The same on every rank.
             like: Has the dtype and device of the sum.
+            failure: What has gone wrong on this rank already; the function is not called then.
 
         Raises:
             UsageError, RankError: As :meth:`read`.
         """
         size = math.prod(shape)
         buffer = torch.zeros(size + self.WIDTH, dtype=like.dtype, device=like.device)
-        value, failure = capture(function)
-        if value is not None:
-            buffer[:size] = value.reshape(-1)
+        if failure is None:
+            value, failure = capture(function)
+            if value is not None:
+                buffer[:size] = value.reshape(-1)
         self.fill(buffer[size:], failure=failure)
         self.all_reduce(buffer)
         self.read(buffer[size:])
@@ -216,13 +217,8 @@ class Coordinator:
         Raises:
             UsageError, RankError: As :meth:`read`.
         """
-        buffer = torch.zeros(len(values) + self.WIDTH, dtype=torch.float64)
-        if failure is None:
-            buffer[: len(values)] = torch.tensor(list(values), dtype=torch.float64)
-        self.fill(buffer[len(values) :], failure=failure)
-        self.all_reduce(buffer)
-        self.read(buffer[len(values) :])
-        return buffer[: len(values)].tolist()
+        numbers = torch.tensor(list(values), dtype=torch.float64)
+        return self.total(lambda: numbers, numbers.shape, numbers, failure=failure).tolist()
 
     def attempt(self, function: Callable[[], T]) -> T:
         """Call ``function`` on this rank; if it fails on any rank, raise the same error on every rank."""
@@ -293,6 +289,11 @@ class Coordinator:
             apart = float(torch.linalg.vector_norm(mine - vector)) / scale
             distance = max(self.comm.gather_objects(apart))
         return reduced[self.MARK :], distance
+
+    def _timed(self, collective: Callable[[], None]) -> None:
+        began = time.perf_counter()
+        collective()
+        self.seconds_waiting += time.perf_counter() - began
 
     def _note_stop(self, interrupted: float, late: float) -> None:
         if interrupted:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-__all__ = ["Communicator", "Done", "Pending"]
+from dhf.errors import CommunicationError
+
+__all__ = ["Communicator", "Done", "Pending", "lost"]
 
 
 class Pending(Protocol):
@@ -94,3 +97,25 @@ class Communicator(Protocol):
 
     def close(self) -> None:
         """Leave the group and free its sockets. Calling it twice does nothing."""
+
+
+def lost(what: str, cause: str, fate: str, here: Sequence[int], size: int) -> CommunicationError:
+    """The error of ranks that have lost others in a collective.
+
+    Args:
+        what: The collective.
+        cause: What the transport says.
+        fate: What has become of the missing.
+        here: The ranks that have answered a roll-call.
+        size: Number of ranks.
+    """
+    missing = tuple(r for r in range(size) if r not in here)
+    if not missing:
+        return CommunicationError(
+            f"the ranks lost one another in {what}, though all still run: {cause}; look at the network, and for ranks that "
+            "call dhf in different orders",
+            (),
+            tuple(here),
+        )
+    names = f"rank {missing[0]}" if len(missing) == 1 else f"ranks {', '.join(map(str, missing))}"
+    return CommunicationError(f"{names} missing in {what}: {fate}", missing, tuple(here))

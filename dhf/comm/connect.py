@@ -393,11 +393,8 @@ def _own_address() -> str:
     address = socket.gethostbyname(socket.gethostname())
     if not address.startswith("127."):
         return address
-    with socket.socket(
-        socket.AF_INET, socket.SOCK_DGRAM
-    ) as probe:  # nothing is sent; the kernel only looks for a route
-        probe.connect(("192.0.2.1", 9))
-        return str(probe.getsockname()[0])
+    way = route("192.0.2.1")  # stands for all that is outside
+    return way[0] if way is not None else address
 
 
 def _check_resolves(host: str) -> None:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dhf.comm.communicator import Done, Pending
+from dhf.comm.communicator import Done, Pending, lost
 from dhf.errors import CommunicationError, UsageError
 
 if TYPE_CHECKING:
@@ -177,7 +177,8 @@ class Mpi:
                 return
         except self._mpi.Exception as error:
             cause = str(error).splitlines()[0]
-        self._lost = self._describe(what, limit, cause)
+        fate = cause or f"stopped, or busy for longer than the timeout of {limit:g} s"
+        self._lost = lost(what, fate, fate, self._roll_call(), self.size)
         raise self._lost
 
     def _is_done(self, request: MPI.Request, limit: float, *, heeds_calls: bool = True) -> bool:
@@ -192,20 +193,6 @@ class Mpi:
             else:
                 time.sleep(_NAP)
         return True
-
-    def _describe(self, what: str, limit: float, cause: str) -> CommunicationError:
-        here = self._roll_call()
-        missing = tuple(r for r in range(self.size) if r not in here)
-        fate = cause or f"stopped, or busy for longer than the timeout of {limit:g} s"
-        if not missing:
-            return CommunicationError(
-                f"the ranks lost one another in {what}, though all still run: {fate}; look at the network, and for ranks that "
-                "call dhf in different orders",
-                (),
-                tuple(here),
-            )
-        names = f"rank {missing[0]}" if len(missing) == 1 else f"ranks {', '.join(map(str, missing))}"
-        return CommunicationError(f"{names} missing in {what}: {fate}", missing, tuple(here))
 
     def _roll_call(self) -> list[int]:
         """The ranks that have noticed as well, this one included."""

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dhf.comm.communicator import Pending
+from dhf.comm.communicator import Pending, lost
 from dhf.errors import CommunicationError
 
 __all__ = ["TorchDistributed"]
@@ -210,21 +210,12 @@ class TorchDistributed:
                 f"rank {self.rank} lost the others in {what}: {cause}; the launcher or a rank has died, or was busy for longer "
                 f"than the timeout of {self._timeout.total_seconds():g} s"
             )
-        missing = tuple(r for r in range(self.size) if r not in here)
-        if not missing:
-            return CommunicationError(
-                f"the ranks lost one another in {what}, though all still run: {cause}; look at the network, and for ranks that "
-                "call dhf in different orders",
-                (),
-                tuple(here),
-            )
-        names = f"rank {missing[0]}" if len(missing) == 1 else f"ranks {', '.join(map(str, missing))}"
         fate = (
             "died"
             if re.search("closed|reset|refused", cause, re.IGNORECASE)
             else f"stopped, or busy for longer than the timeout of {self._timeout.total_seconds():g} s"
         )
-        return CommunicationError(f"{names} missing in {what}: {fate} ({cause})", missing, tuple(here))
+        return lost(what, cause, f"{fate} ({cause})", here, self.size)
 
 
 class _Started:

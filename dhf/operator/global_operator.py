@@ -23,7 +23,7 @@ from dhf.curvature.shard import AddSums, BuildGraph
 from dhf.errors import NonFiniteError, StaleGraphError, UsageError
 from dhf.evaluation import check_module, micro_batch_seeds
 from dhf.objective import Objective, require_objective
-from dhf.operator.reduction import Part, Pieces, Reduced, Reducer, Reduction, Rounded, Status, Target, Whole, Work
+from dhf.operator.reduction import Part, Pieces, Reduced, Reducer, Reduction, Status, Target, Whole, Work
 from dhf.parameters import Parameters
 from dhf.reason import Reason
 
@@ -397,7 +397,7 @@ class Compressed(Shifted):
         whole = operator._reduction
         if not isinstance(whole, Whole):
             raise UsageError("products can be compressed where vectors are replicated; leave vectors at replicated")
-        self._rounded = Rounded(operator.coordinator, whole, torch.bfloat16)
+        self._rounded = whole.rounded(torch.bfloat16)
 
     def matvec(self, v: Tensor) -> Tensor:
         """``A v + damping v`` as it arrives, a new tensor of shape (n,)."""

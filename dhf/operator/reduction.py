@@ -10,7 +10,9 @@ learn of it together.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -25,7 +27,7 @@ from dhf.parameters import Parameters
 from dhf.reason import Reason
 from dhf.vector_space import LocalDots, Replicated, VectorSpace
 
-__all__ = ["Pieces", "Reduced", "Reducer", "Reduction", "Rounded", "Status", "Target", "Whole"]
+__all__ = ["Pieces", "Reduced", "Reducer", "Reduction", "Status", "Target", "Whole"]
 
 _ALIGNED = 16  # numbers; what stands before the product keeps its place in cache lines
 
@@ -47,7 +49,7 @@ class Target:
 
 
 Work = Callable[[Tensor | None, Target], Any]
-Part = Callable[[Tensor, Tensor], Any]
+Part = Callable[[Sequence[Tensor], Sequence[Tensor]], Any]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -99,7 +101,7 @@ class Reduction(Reducer, Protocol):
         """A function of whole vectors in parts, each of which writes to its own place in an ``out`` of zeros.
 
         Args:
-            parts: ``part(r, out)``, both of shape (n,).
+            parts: ``part(r, out)``, both as one tensor per parameter.
             owners: The rank of each part, for vectors in pieces; that rank alone calls it.
             r: As this rank holds it.
 
@@ -119,78 +121,96 @@ class Whole:
         parameters: Whose vectors these are.
         riders: How many numbers ride along.
         bucket_bytes: Least size of a part; None for one part, started at the end.
-
-    Attributes:
-        head, product: The memory of status word and riders, and of the product.
     """
 
     def __init__(
         self, coordinator: Coordinator, parameters: Parameters, riders: int, bucket_bytes: int | None = None
     ) -> None:
         self.space: VectorSpace = Replicated()
-        self._coordinator, self._riders = coordinator, riders
+        self._coordinator, self._parameters, self._riders = coordinator, parameters, riders
         head = math.ceil((Coordinator.WIDTH + riders) / _ALIGNED) * _ALIGNED
         self._buffer = torch.zeros(head + parameters.numel, dtype=parameters.dtype, device=parameters.device)
-        self.head, self.product = self._buffer[:head], self._buffer[head:]
-        width = parameters.dtype.itemsize
-        self._cuts = [0] if bucket_bytes is None else _cuts(parameters.sizes, head, bucket_bytes // width)
-        self._buckets = _Buckets(coordinator, self._buffer, self._cuts, head, parameters.sizes)
+        self._head, self._product = self._buffer[:head], self._buffer[head:]
+        least = None if bucket_bytes is None else bucket_bytes // parameters.dtype.itemsize
+        self._sender: _Sender = _Buckets(coordinator, self._buffer, head, parameters.sizes, least)
 
-    @property
-    def parts(self) -> int:
-        """All-reduces per product."""
-        return len(self._cuts)
+    def rounded(self, dtype: torch.dtype) -> Reducer:
+        """The same, in the same memory, with products sent in a shorter dtype; status and riders are not."""
+        other = copy.copy(self)
+        other._sender = _Rounding(self._coordinator, self._head, self._product, dtype)
+        return other
 
     def reduce(self, work: Work, v: Tensor | None, status: Status, add: Sequence[tuple[Tensor, float]] = ()) -> Reduced:
         """See :class:`Reduction`."""
-        self.head.zero_()
-        word = self.head[: Coordinator.WIDTH]
-        riders = self.head[Coordinator.WIDTH : Coordinator.WIDTH + self._riders]
-        buckets = self._buckets
-        buckets.begin()
+        self._head.zero_()
+        word = self._head[: Coordinator.WIDTH]
+        riders = self._head[Coordinator.WIDTH : Coordinator.WIDTH + self._riders]
+        sender = self._sender
+        sender.begin()
         failure = status.failure
         if failure is None:
-            ready = buckets.ready if self.parts > 1 else None
-            _, failure = capture(lambda: work(v, Target(self.product, riders, ready)))
+            _, failure = capture(lambda: work(v, Target(self._product, riders, sender.ready)))
         if failure is not None:
             riders.zero_()
-            self.product[: buckets.end].zero_()
+            self._product[: sender.end].zero_()
         moved = status.moved() if failure is None else None
-        finite = buckets.finish_but_last() + riders.sum()
+        finite = sender.finish_but_last() + riders.sum()
         self._coordinator.fill(word, proposal=status.proposal, failure=failure, finite=finite, moved=moved)
-        buckets.finish()
+        sender.finish()
         verdict = self._coordinator.read(word, search=status.search)
         for vector, factor in add:
-            self.product.add_(vector, alpha=factor)
-        return Reduced(self.product, riders, verdict)
+            self._product.add_(vector, alpha=factor)
+        return Reduced(self._product, riders, verdict)
 
     def spread(self, parts: Sequence[Part], owners: Sequence[int], r: Tensor) -> Tensor:
         """Every rank calls all parts, since all have the whole vector."""
         out = torch.zeros_like(r)
+        r_pieces, out_pieces = self._parameters.split(r), self._parameters.split(out)
         for part in parts:
-            part(r, out)
+            part(r_pieces, out_pieces)
         return out
+
+
+class _Sender(Protocol):
+    """How a buffer of status, riders and product is all-reduced.
+
+    Attributes:
+        ready: See :class:`Target`.
+    """
+
+    ready: Callable[[int], None] | None
+
+    def begin(self) -> None:
+        """A product is about to be written."""
+
+    @property
+    def end(self) -> int:
+        """The end of what of the product is still this rank's alone."""
+
+    def finish_but_last(self) -> Tensor:
+        """Send all that goes without the status; the sum of this rank's product as it is sent, finite if that is."""
+
+    def finish(self) -> None:
+        """Send the rest, and wait until all is summed."""
 
 
 class _Buckets:
     """The parts of one buffer, all-reduced from the last to the first as they become ready."""
 
     def __init__(
-        self, coordinator: Coordinator, buffer: Tensor, cuts: Sequence[int], head: int, sizes: Sequence[int]
+        self, coordinator: Coordinator, buffer: Tensor, head: int, sizes: Sequence[int], least: int | None
     ) -> None:
-        self._coordinator, self._buffer = coordinator, buffer
-        ends = [*cuts[1:], buffer.numel()]
-        self._parts = list(zip(cuts, ends, strict=True))[::-1]
-        starts = [head]
-        for size in sizes[:-1]:
-            starts.append(starts[-1] + size)
+        self._coordinator, self._buffer, self._head = coordinator, buffer, head
+        cuts = [0] if least is None else _cuts(sizes, head, least)
+        self._parts = list(zip(cuts, [*cuts[1:], buffer.numel()], strict=True))[::-1]
+        starts = itertools.accumulate(sizes[:-1], initial=head)
         # an empty parameter is nobody's
         self._part_of = [
             next((i for i, (a, b) in enumerate(self._parts) if size and a <= start < b), -1)
             for start, size in zip(starts, sizes, strict=True)
         ]
         self._wanted = [self._part_of.count(i) for i in range(len(self._parts))]
-        self._head = head
+        self.ready: Callable[[int], None] | None = self._ready if len(self._parts) > 1 else None
 
     def begin(self) -> None:
         """Nothing is ready."""
@@ -204,7 +224,7 @@ class _Buckets:
         begun = len(self._started)
         return (self._parts[begun][1] if begun < len(self._parts) else self._head) - self._head
 
-    def ready(self, parameter: int) -> None:
+    def _ready(self, parameter: int) -> None:
         """A parameter's part of the product is final; parts start in their order, but for the last, which has the status."""
         if self._part_of[parameter] >= 0:
             self._missing[self._part_of[parameter]] -= 1
@@ -235,45 +255,31 @@ class _Buckets:
         self._started.append(self._coordinator.start_all_reduce(part))
 
 
-class Rounded:
-    """As :class:`Whole`, with the product sent in bfloat16: half the bytes of float32, and eight bits of each number.
+class _Rounding:
+    """The product sent in a shorter dtype, status and riders apart from it."""
 
-    The status word and the riders go apart, in float32 or float64. Writes into the memory of the reduction it stands beside.
+    ready: Callable[[int], None] | None = None
 
-    Args:
-        coordinator: How ranks agree.
-        whole: The other reduction.
-        dtype: What is sent.
-    """
+    def __init__(self, coordinator: Coordinator, head: Tensor, product: Tensor, dtype: torch.dtype) -> None:
+        self._coordinator, self._head, self._product = coordinator, head, product
+        self._sent = torch.zeros_like(product, dtype=dtype)
+        self.end = product.numel()
 
-    def __init__(self, coordinator: Coordinator, whole: Whole, dtype: torch.dtype) -> None:
-        self._coordinator, self._whole = coordinator, whole
-        self._sent = torch.zeros_like(whole.product, dtype=dtype)
+    def begin(self) -> None:
+        """There is nothing to prepare."""
 
-    def reduce(self, work: Work, v: Tensor | None, status: Status, add: Sequence[tuple[Tensor, float]] = ()) -> Reduced:
-        """See :class:`Reduction`."""
-        head, product = self._whole.head, self._whole.product
-        head.zero_()
-        word, riders = head[: Coordinator.WIDTH], head[Coordinator.WIDTH :]
-        failure = status.failure
-        if failure is None:
-            _, failure = capture(lambda: work(v, Target(product, riders)))
-        if failure is not None:
-            riders.zero_()
-            product.zero_()
-        self._sent.copy_(product)
-        moved = status.moved() if failure is None else None
-        # what overflows on its way is not finite either
-        finite = self._sent.sum(dtype=product.dtype) + riders.sum()
-        self._coordinator.fill(word, proposal=status.proposal, failure=failure, finite=finite, moved=moved)
-        sent = self._coordinator.start_all_reduce(self._sent)
-        self._coordinator.all_reduce(head)
-        self._coordinator.wait(sent)
-        verdict = self._coordinator.read(word, search=status.search)
-        product.copy_(self._sent)
-        for vector, factor in add:
-            product.add_(vector, alpha=factor)
-        return Reduced(product, riders, verdict)
+    def finish_but_last(self) -> Tensor:
+        """Round and start the product; what overflows by that is not finite either."""
+        self._sent.copy_(self._product)
+        finite = self._sent.sum(dtype=self._product.dtype)
+        self._started = self._coordinator.start_all_reduce(self._sent)
+        return finite
+
+    def finish(self) -> None:
+        """All-reduce the status, and wait for the product."""
+        self._coordinator.all_reduce(self._head)
+        self._coordinator.wait(self._started)
+        self._product.copy_(self._sent)
 
 
 def _cuts(sizes: Sequence[int], head: int, least: int) -> list[int]:
@@ -298,12 +304,12 @@ class Pieces:
     """
 
     def __init__(self, coordinator: Coordinator, parameters: Parameters, riders: int) -> None:
-        comm = coordinator.comm
-        self._coordinator, self._comm, self._riders = coordinator, comm, riders
-        k = math.ceil(parameters.numel / comm.size)
+        size = coordinator.comm.size
+        self._coordinator, self._parameters, self._riders = coordinator, parameters, riders
+        k = math.ceil(parameters.numel / size)
         options: dict[str, Any] = {"dtype": parameters.dtype, "device": parameters.device}
         self._n = parameters.numel
-        self._gathered, self._summed = torch.zeros(k * comm.size, **options), torch.zeros(k * comm.size, **options)
+        self._gathered, self._summed = torch.zeros(k * size, **options), torch.zeros(k * size, **options)
         self._piece = torch.zeros(k, **options)
         self._space = _InPieces(coordinator, self._gathered, self._n, k)
         self.space: VectorSpace = self._space
@@ -347,11 +353,11 @@ class Pieces:
         """Each rank calls its own parts, in the memory of the products."""
         self._coordinator.all_gather(r, self._gathered)
         self._summed.zero_()
-        whole, out = self._gathered[: self._n], self._summed[: self._n]
+        whole, out = (self._parameters.split(vector[: self._n]) for vector in (self._gathered, self._summed))
 
         def work() -> None:
             for part, owner in zip(parts, owners, strict=True):
-                if owner == self._comm.rank:
+                if owner == self._coordinator.comm.rank:
                     part(whole, out)
 
         _, failure = capture(work)
@@ -385,12 +391,8 @@ class _InPieces:
         if self._failure is None and all(value is not None for value in known):
             return [value for value in known if value is not None]
         failure, self._failure = self._failure, None
-        head = torch.zeros(Coordinator.WIDTH + len(pairs), dtype=torch.float64, device=self._gathered.device)
-        head[Coordinator.WIDTH :] = self.local(*pairs)
-        self._coordinator.fill(head[: Coordinator.WIDTH], failure=failure)
-        self._coordinator.all_reduce(head)
-        self._coordinator.read(head[: Coordinator.WIDTH])
-        return head[Coordinator.WIDTH :].tolist()
+        like = torch.empty(0, dtype=torch.float64, device=self._gathered.device)
+        return self._coordinator.total(lambda: self.local(*pairs), (len(pairs),), like, failure=failure).tolist()
 
     def size(self, v: Tensor) -> int:
         """n."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -86,7 +86,7 @@ class KFAC:
             if layer.bias is not None:
                 in_blocks[layer.bias].zero_()
             scale = None if eigen is None else 1.0 / (torch.outer(eigen[1][0], eigen[0][0]) + mu)
-            parts.append(functools.partial(_solve, operator.parameters, layer, eigen, scale))
+            parts.append(functools.partial(_solve, layer, eigen, scale))
             owners.append(owner)
         rest = operator.space.piece(rest)
 
@@ -191,17 +191,11 @@ def _owners(layers: list[Layer], ranks: int) -> list[int]:
 
 
 def _solve(
-    parameters: Parameters,
-    layer: Layer,
-    eigen: tuple[Eigen, Eigen] | None,
-    scale: Tensor | None,
-    whole_r: Tensor,
-    whole_z: Tensor,
+    layer: Layer, eigen: tuple[Eigen, Eigen] | None, scale: Tensor | None, r: Sequence[Tensor], z: Sequence[Tensor]
 ) -> None:
     assert eigen is not None  # its owner has it
     assert scale is not None
     (_, U_A), (_, U_G) = eigen
-    r, z = parameters.split(whole_r), parameters.split(whole_z)
     R = r[layer.weight].flatten(1)
     if layer.bias is not None:
         R = torch.cat([R, r[layer.bias].unsqueeze(1)], 1)

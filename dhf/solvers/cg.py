@@ -26,7 +26,7 @@ from dhf.solvers.linear_operator import AgreeingOperator, Agreement, as_operator
 from dhf.solvers.solution import Iteration, Solution
 from dhf.solvers.symmetry import SymmetryCheck
 
-__all__ = ["ConjugateGradients", "cg"]
+__all__ = ["ConjugateGradients", "Replacing", "cg"]
 
 
 def cg(
@@ -87,7 +87,7 @@ def cg(
     if b_norm == 0:
         return zero_solution(b)
     symmetry = SymmetryCheck(b.dtype, preconditioned=preconditioner is not None)
-    plain = ConjugateGradients(A, b, x0, guarded(A, preconditioner), symmetry)
+    plain = ConjugateGradients(A, b, x0, guarded(A.space, preconditioner), symmetry)
     recursion: Recursion = plain
     ratio = getattr(A, "residual_replacement", None)
     if ratio is not None and true_residual:
@@ -224,15 +224,17 @@ class ConjugateGradients:
         return Reason.INDEFINITE_PRECONDITIONER if self.rho <= 0 and self.residual_norm > 0 else None
 
 
-class _Corrected:
-    """Conjugate gradients whose residual is replaced by a true one before rounded products can have led it astray."""
+class Replacing:
+    """Conjugate gradients whose residual is taken anew from time to time; what such recursions share."""
 
-    # the residual that meets the target must be a true one
-    believes = False
+    believes = True
 
-    def __init__(self, cg: ConjugateGradients, ratio: float, target: float) -> None:
-        self.cg, self._ratio, self._target = cg, ratio, target
-        self._replaced, self._replacing = math.inf, False
+    def __init__(self, cg: ConjugateGradients) -> None:
+        self.cg = cg
+        self._replaced, self._replacing = (
+            math.inf,
+            False,
+        )  # the residual norm when it was taken anew, and whether it is now
 
     @property
     def x(self) -> Tensor:
@@ -249,6 +251,21 @@ class _Corrected:
         reason = self.cg.start(first)
         self._replaced = self.cg.residual_norm
         return reason
+
+    def end(self, reason: Reason) -> tuple[Tensor, Iteration, Tensor | None]:
+        """Where the solve stands."""
+        return self.cg.end(reason)
+
+
+class _Corrected(Replacing):
+    """Conjugate gradients whose residual is replaced by a true one before rounded products can have led it astray."""
+
+    # the residual that meets the target must be a true one
+    believes = False
+
+    def __init__(self, cg: ConjugateGradients, ratio: float, target: float) -> None:
+        super().__init__(cg)
+        self._ratio, self._target = ratio, target
 
     def ask(self, reason: Reason | None, failure: Exception | None) -> tuple[Tensor, Agreement]:
         """A p, or A x where the solve is to end or the residual to be replaced."""
@@ -268,7 +285,3 @@ class _Corrected:
     def residual(self, product: Tensor) -> Tensor:
         """``b - A x``."""
         return self.cg.residual(product)
-
-    def end(self, reason: Reason) -> tuple[Tensor, Iteration, Tensor | None]:
-        """Where the solve stands."""
-        return self.cg.end(reason)

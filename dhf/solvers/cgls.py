@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dhf.errors import UsageError
 from dhf.reason import Reason
-from dhf.solvers.cg import ConjugateGradients
+from dhf.solvers.cg import ConjugateGradients, Replacing
 from dhf.solvers.krylov import StoppingRule, check_preconditioner, guarded, run, zero_solution
 from dhf.solvers.linear_operator import Agreement, Own
 from dhf.solvers.solution import Iteration, Solution
@@ -105,14 +105,12 @@ def cgls(
     stop = StoppingRule.of(norm, A.space.size(rhs), rtol, atol, max_iterations, progress_tolerance, rhs.dtype)
     if norm == 0:
         return zero_solution(rhs)
-    recursion = _LeastSquares(A, rhs, damping, x0, guarded(A, preconditioner))
+    recursion = _LeastSquares(A, rhs, damping, x0, guarded(A.space, preconditioner))
     return run(recursion.damped, recursion, stop, x0=x0, snapshot_ratio=snapshot_ratio, callback=callback)
 
 
-class _LeastSquares:
+class _LeastSquares(Replacing):
     """Conjugate gradients on the normal equations, given curvatures and residuals from rows."""
-
-    believes = True
 
     def __init__(
         self,
@@ -124,21 +122,7 @@ class _LeastSquares:
     ) -> None:
         self.A, self.damping = A, damping
         self.damped = _Damped(A, damping)
-        self.cg = ConjugateGradients(self.damped, rhs, x0, precondition)
-        self._replaced, self._replacing = math.inf, False
-
-    @property
-    def x(self) -> Tensor:
-        return self.cg.x
-
-    @property
-    def history(self) -> list[Iteration]:
-        return self.cg.history
-
-    def start(self, first: tuple[Tensor, Agreement] | None) -> Reason | None:
-        reason = self.cg.start(first)
-        self._replaced = self.cg.residual_norm
-        return reason
+        super().__init__(ConjugateGradients(self.damped, rhs, x0, precondition))
 
     def ask(self, reason: Reason | None, failure: Exception | None) -> tuple[Tensor, Agreement]:
         self._replacing = reason is Reason.RESIDUAL_REPLACED
@@ -159,9 +143,6 @@ class _LeastSquares:
 
     def residual(self, product: Tensor) -> Tensor:
         return product
-
-    def end(self, reason: Reason) -> tuple[Tensor, Iteration, Tensor | None]:
-        return self.cg.end(reason)
 
 
 class _Damped:

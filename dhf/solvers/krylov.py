@@ -18,8 +18,9 @@ from torch import Tensor
 
 from dhf.errors import CommunicationError, RankError
 from dhf.reason import Reason
-from dhf.solvers.linear_operator import AgreeingOperator, Agreement, HasSpace
+from dhf.solvers.linear_operator import AgreeingOperator, Agreement
 from dhf.solvers.solution import Iterate, Iteration, Solution
+from dhf.vector_space import VectorSpace
 
 __all__ = ["Recursion", "StoppingRule", "check_preconditioner", "guarded", "run", "zero_solution"]
 
@@ -212,9 +213,9 @@ def check_preconditioner(preconditioner: object) -> None:
         )
 
 
-def guarded(A: HasSpace, preconditioner: Callable[[Tensor], Tensor] | None) -> Callable[[Tensor], Tensor]:
+def guarded(space: VectorSpace, preconditioner: Callable[[Tensor], Tensor] | None) -> Callable[[Tensor], Tensor]:
     """The preconditioner, or the identity, so that its failure on one party ends the solve for all."""
-    return (lambda r: r) if preconditioner is None else A.space.guarded(preconditioner)
+    return (lambda r: r) if preconditioner is None else space.guarded(preconditioner)
 
 
 class _Snapshots:

@@ -11,7 +11,7 @@ from torch import Tensor
 from dhf.reason import Reason
 from dhf.vector_space import Replicated, VectorSpace
 
-__all__ = ["AgreeingOperator", "Agreement", "HasSpace", "Own", "as_operator", "check_system"]
+__all__ = ["AgreeingOperator", "Agreement", "Own", "as_operator", "check_system"]
 
 
 class Agreement(Protocol):
@@ -24,14 +24,6 @@ class Agreement(Protocol):
     @property
     def valid(self) -> bool:
         """False if parties multiplied different vectors, so that the product must be taken again."""
-
-
-class HasSpace(Protocol):
-    """What knows how its vectors are stored."""
-
-    @property
-    def space(self) -> VectorSpace:
-        """The inner products of its vectors, and what of them is held here."""
 
 
 class AgreeingOperator(Protocol):

@@ -94,7 +94,7 @@ def minres(
     if b_norm == 0:
         return zero_solution(b)
     symmetry = SymmetryCheck(b.dtype, preconditioned=preconditioner is not None)
-    recursion = _MinimalResiduals(A, b, x0, guarded(A, preconditioner), symmetry)
+    recursion = _MinimalResiduals(A, b, x0, guarded(A.space, preconditioner), symmetry)
     return run(A, recursion, stop, x0=x0, snapshot_ratio=snapshot_ratio, callback=callback)
 
 

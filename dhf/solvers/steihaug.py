@@ -88,7 +88,7 @@ def steihaug(
     if b_norm == 0:
         return zero_solution(b)
     symmetry = SymmetryCheck(b.dtype, preconditioned=preconditioner is not None)
-    recursion = _Truncated(ConjugateGradients(A, b, None, guarded(A, preconditioner), symmetry), float(radius))
+    recursion = _Truncated(ConjugateGradients(A, b, None, guarded(A.space, preconditioner), symmetry), float(radius))
     solution = run(A, recursion, stop, snapshot_ratio=snapshot_ratio, callback=callback)
     # a direction without positive curvature is agreed on under that name, and told under that of where it led
     curved = solution.reason is Reason.NEGATIVE_CURVATURE
