@@ -8,22 +8,10 @@ set -euo pipefail
 # shellcheck source=launch/setup.sh
 . "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
-RANKS=4
-if [[ ${1:-} =~ ^[0-9]+$ ]]; then
-  RANKS=$1
-  shift
-fi
-if [ "$RANKS" -lt 1 ]; then
-  echo "error: $RANKS ranks; give 1 or more" >&2
-  exit 2
-fi
+if take_ranks "${1:-}"; then shift; fi
 set_up plot || exit $?
 
-# flags that do not parse are refused once, here, and not by every rank
-"$VENV/bin/python" -m dhf.train "$@" --print-config >/dev/null || exit $?
-for flag in "$@"; do
-  case $flag in --help | -h | --print-config*) exec "$VENV/bin/python" -m dhf.train "$@" ;; esac
-done
+check_flags "$@"
 if [ "$RANKS" -eq 1 ]; then
   exec "$VENV/bin/python" -m dhf.train "$@"
 fi

@@ -13,29 +13,12 @@ set -euo pipefail
 # shellcheck source=launch/setup.sh
 . "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
-RANKS=4
-if [[ ${1:-} =~ ^[0-9]+$ ]]; then
-  RANKS=$1
-  shift
-fi
-if [ "$RANKS" -lt 1 ]; then
-  echo "error: $RANKS ranks; give 1 or more" >&2
-  exit 2
-fi
+if take_ranks "${1:-}"; then shift; fi
 set_up plot,mpi || exit $?
 
-# flags that do not parse are refused once, here, and not by every rank
-"$VENV/bin/python" -m dhf.train "$@" --print-config >/dev/null || exit $?
-for flag in "$@"; do
-  case $flag in --help | -h | --print-config*) exec "$VENV/bin/python" -m dhf.train "$@" ;; esac
-done
+check_flags "$@"
 
-mpirun=("$VENV/bin/mpiexec")
-if [ -n "${MPIRUN:-}" ]; then read -r -a mpirun <<<"$MPIRUN"; fi
-command -v "${mpirun[0]}" >/dev/null || {
-  echo "error: ${mpirun[0]} was not found; set MPIRUN to your MPI's mpirun" >&2
-  exit 2
-}
-version=$("${mpirun[@]}" --version 2>/dev/null | tr -s ' \t' ' ' | grep -m 1 -i -E 'version|open mpi|intel' || echo "unknown version")
-echo "mpirun: $RANKS ranks by ${mpirun[*]} (${version# })"
-exec "${mpirun[@]}" -n "$RANKS" "$VENV/bin/python" -m dhf.train "$@"
+find_mpirun "" || exit $?
+version=$("${MPIRUN_COMMAND[@]}" --version 2>/dev/null | tr -s ' \t' ' ' | grep -m 1 -i -E 'version|open mpi|intel' || echo "unknown version")
+echo "mpirun: $RANKS ranks by ${MPIRUN_COMMAND[*]} (${version# })"
+exec "${MPIRUN_COMMAND[@]}" -n "$RANKS" "$VENV/bin/python" -m dhf.train "$@"

@@ -41,3 +41,33 @@ print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())')"
   echo "$stamp" >>"$VENV/dhf-installed"
   exec 9>&-
 }
+
+# take_ranks ARGUMENT: set RANKS to it if it is a number, else to 4, and say which by the status
+take_ranks() {
+  RANKS=4
+  [[ $1 =~ ^[0-9]+$ ]] || return 1
+  RANKS=$1
+  if [ "$RANKS" -lt 1 ]; then
+    echo "error: $RANKS ranks; give 1 or more" >&2
+    exit 2
+  fi
+}
+
+# check_flags FLAGS...: refuse flags of dhf.train that do not parse, once and not by every rank; answer --help and --print-config
+check_flags() {
+  local flag
+  "$VENV/bin/python" -m dhf.train "$@" --print-config >/dev/null || exit $?
+  for flag in "$@"; do
+    case $flag in --help | -h | --print-config*) exec "$VENV/bin/python" -m dhf.train "$@" ;; esac
+  done
+}
+
+# find_mpirun HINT: set MPIRUN_COMMAND to MPIRUN, split at spaces, or to the mpich that set-up installs; HINT ends the error
+find_mpirun() {
+  MPIRUN_COMMAND=("$VENV/bin/mpiexec")
+  if [ -n "${MPIRUN:-}" ]; then read -r -a MPIRUN_COMMAND <<<"$MPIRUN"; fi
+  command -v "${MPIRUN_COMMAND[0]}" >/dev/null || {
+    echo "error: ${MPIRUN_COMMAND[0]} was not found; set MPIRUN to your MPI's mpirun$1" >&2
+    return 2
+  }
+}

@@ -12,23 +12,17 @@ from torch import Tensor, nn
 
 import dhf
 from dhf.comm import Communicator
+from tests.distributed import test_parity
 from tests.distributed.test_operator import SAMPLES, SHARDS, my_batches
 from tests.distributed.test_parity import compare, problem, train
 from tests.models import problem as model
 from tests.models import relative_error
 from tests.ranks import Raised, ranks, try_ranks
 
+KFAC, PLAIN, NEWTON = {"preset": "deep-net"}, {"preset": "deep-net", "preconditioner": "none"}, {"preset": "newton"}
 OPTIONS = [
-    {"preset": "deep-net"},
-    {"preset": "deep-net", "preconditioner": "none"},
-    {"preset": "deep-net", "preconditioner": "jacobi"},
-    {"preset": "deep-net", "preconditioner": "empirical-fisher"},
-    {"preset": "deep-net", "preconditioner": "nystrom", "preconditioner_rank": 20},
-    {"preset": "deep-net", "curvature": "fisher"},
-    {"preset": "deep-net", "curvature_fraction": 0.4},
+    *(options for options in test_parity.OPTIONS if options.get("solver") != "direct"),
     {"preset": "deep-net", "warm_start_decay": 0.9},
-    {"preset": "newton"},
-    {"curvature": "hessian", "solver": "minres"},
 ]
 
 
@@ -45,7 +39,7 @@ def test_least_squares_in_pieces(size: int, preconditioner: str) -> None:
     compare(size, "uneven", 4, options, "least-squares")
 
 
-@pytest.mark.parametrize("options", [OPTIONS[0], OPTIONS[1], OPTIONS[8]], ids=["kfac", "none", "newton"])
+@pytest.mark.parametrize("options", [KFAC, PLAIN, NEWTON], ids=["kfac", "none", "newton"])
 @pytest.mark.parametrize("micro", [None, 4])
 @pytest.mark.parametrize("size", [2, 4])
 def test_parts_give_the_same(size: int, micro: int | None, options: dict[str, Any]) -> None:
@@ -55,7 +49,7 @@ def test_parts_give_the_same(size: int, micro: int | None, options: dict[str, An
 @pytest.mark.parametrize("micro", [None, 4])
 def test_parts_of_two_ranks_give_the_same_bits(micro: int | None) -> None:
     runs = [
-        ranks(2, train, split="uneven", micro=micro, options={**OPTIONS[0], "bucket_mb": mb}, loss="bce")
+        ranks(2, train, split="uneven", micro=micro, options={**KFAC, "bucket_mb": mb}, loss="bce")
         for mb in (0.0, 1e-4, 1e-5)
     ]
     for rows, parameters, collectives in (run[0] for run in runs[1:]):
