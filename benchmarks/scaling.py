@@ -21,15 +21,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import measure
 import numpy as np
 import torch
+from two_hosts import HostsUnavailable, two_hosts
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-
-from benchmarks import measure  # noqa: E402
-from benchmarks.two_hosts import HostsUnavailable, two_hosts  # noqa: E402
-
 ITERATIONS = 10
 NAMES = ("product", "graphs", "preconditioner", "line search", "vectors", "waiting")
 BUCKET = 250_000
@@ -70,10 +67,9 @@ def setups(batches: Sequence[int], *, steps: bool) -> list[dict[str, Any]]:
     return found + ([step(batches[-1]), step(batches[-1], vectors="sharded")] if steps else [])
 
 
-def run(command: Sequence[str] | Sequence[Sequence[str]], out: Path) -> dict[str, Any]:
-    """Start one or more commands that end together, and read what they write."""
-    commands = [list(command)] if isinstance(command[0], str) else [list(c) for c in command]  # type: ignore[arg-type]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+def run(commands: Sequence[Sequence[str]], out: Path) -> dict[str, Any]:
+    """Start commands that end together, and read what they write."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     running = [subprocess.Popen(c, env=environment, cwd=ROOT) for c in commands]
     codes = [process.wait(timeout=900) for process in running]
     if any(codes):
@@ -84,7 +80,7 @@ def run(command: Sequence[str] | Sequence[Sequence[str]], out: Path) -> dict[str
 def worker(wanted: list[dict[str, Any]], rounds: int, out: Path, *more: str) -> list[str]:
     """The arguments of scaling_ranks.py."""
     words = ["--setups", json.dumps(wanted), "--rounds", str(rounds), "--out", str(out), "--link", "1", *more]
-    return ["-m", "benchmarks.scaling_ranks", *words]
+    return [str(Path(__file__).with_name("scaling_ranks.py")), *words]
 
 
 def torchrun(ranks: int, *words: str) -> list[str]:
@@ -99,9 +95,9 @@ def measure_all(rounds: int) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "rows.json")
 
-        def take(link: str, command: Any, transport: str = "gloo") -> None:
+        def take(link: str, commands: Sequence[Sequence[str]], transport: str = "gloo") -> None:
             print(f"measuring: {link}, {transport}", flush=True)
-            found = run(command, out)
+            found = run(commands, out)
             for row in found["rows"]:
                 rows.append(
                     {
@@ -116,13 +112,13 @@ def measure_all(rounds: int) -> list[dict[str, Any]]:
         for ranks in (1, 2, 4):
             batches = [1024, 4096, 2048] if ranks == 4 else [512, 1024, 2048]
             memory = [{**step(256), "kind": "memory", "vectors": v} for v in ("replicated", "sharded")]
-            take("this machine", torchrun(ranks, *worker([*setups(batches, steps=True), *memory], rounds, out)))
+            take("this machine", [torchrun(ranks, *worker([*setups(batches, steps=True), *memory], rounds, out))])
         mpiexec = Path(sys.executable).parent / "mpiexec"
         if mpiexec.exists():
             for backend in ("mpi", "gloo"):
                 wanted = [solve(2048), solve(2048, vectors="sharded"), step(2048)]
                 words = worker(wanted, rounds, out, "--backend", backend)
-                take("this machine, by mpirun", [str(mpiexec), "-n", "4", sys.executable, *words], backend)
+                take("this machine, by mpirun", [[str(mpiexec), "-n", "4", sys.executable, *words]], backend)
         for name, (delay, rate) in LINKS.items():
             wanted = [*setups([1024, 2048], steps=False), solve(2048, reduce_dtype="bfloat16")]
             try:
@@ -135,19 +131,10 @@ def measure_all(rounds: int) -> list[dict[str, Any]]:
 
 def of(rows: list[dict[str, Any]], **wanted: Any) -> dict[str, Any]:
     """The one row with these values; what is not named is at its default."""
-    defaults = {
-        "link": "this machine",
-        "vectors": "replicated",
-        "bucket_bytes": None,
-        "reduce_dtype": None,
-        "transport": None,
-    }
+    defaults = {"link": "this machine", "vectors": "replicated", "bucket_bytes": None, "reduce_dtype": None}
+    asked = {**defaults, **wanted}
     for row in rows:
-        asked = {**defaults, **wanted}
-        if all(
-            (value is None and key == "transport") or row.get(key, defaults.get(key)) == value
-            for key, value in asked.items()
-        ):
+        if all(row.get(key, defaults.get(key)) == value for key, value in asked.items()):
             return row
     raise KeyError(wanted)
 

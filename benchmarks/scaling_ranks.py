@@ -27,10 +27,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from networks import autoencoder
 from torch import Tensor
 
 import dhf
-from benchmarks.networks import autoencoder
 from dhf.comm import Communicator
 from dhf.coordinator import Coordinator
 from dhf.curvature import ShardCurvature

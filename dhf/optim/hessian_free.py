@@ -16,9 +16,7 @@ ranks, or rank 0's, so that all ranks take the same step.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
-import socket
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -33,15 +31,13 @@ from dhf.errors import PerSampleError, UsageError
 from dhf.evaluation import moving_buffers, restore_buffers, stream_seed
 from dhf.objective import Objective, require_objective
 from dhf.operator import GlobalOperator
-from dhf.optim.damping import LevenbergMarquardt, Nielsen
-from dhf.optim.linearisation import Bounds, Dense, Linearisation, MakePreconditioner, memory_of
-from dhf.optim.outcome import Outcome, Steering
+from dhf.optim.choices import choose_vectors, in_words, make_preconditioner, make_steering, name_of
+from dhf.optim.linearisation import Bounds, Dense, Linearisation, MakePreconditioner
+from dhf.optim.outcome import Outcome
 from dhf.optim.report import StepReport
 from dhf.optim.settings import Settings, resolve
 from dhf.optim.trial import Point, Trial
-from dhf.optim.trust_region import TrustRegion
 from dhf.parameters import Parameters
-from dhf.preconditioners import KFAC, Nystrom, empirical_fisher, jacobi
 from dhf.reason import Reason
 from dhf.solvers import Iterate, Solution, forcing_term
 from dhf.vector_space import VectorSpace
@@ -49,7 +45,6 @@ from dhf.vector_space import VectorSpace
 __all__ = ["HessianFree"]
 
 _NOT_TAKEN = (Reason.INTERRUPTED, Reason.TIME_LIMIT)
-_VECTORS = 20  # flat vectors that a step with replicated ones holds at most
 _TOO_LARGE = 16.0  # GB that a dense matrix may take where it is asked for by name
 _DAMPINGS = 12  # tried in one step where another damping needs no new graph
 _GRADIENT_AFTER = 3  # failed steps in a row before the gradient is tried
@@ -155,10 +150,10 @@ class HessianFree(torch.optim.Optimizer):
         comm = comm if comm is not None else coordinator.comm if coordinator else Serial(self.parameters.device)
         self.comm = comm
         self.coordinator = coordinator or Coordinator(comm)
-        self.steering = _steering(self.settings)
-        self.notes = [f"preset {self.preset}: {_in_words(self.settings)}"]
+        self.steering = make_steering(self.settings)
+        self.notes = [f"preset {self.preset}: {in_words(self.settings)}"]
         self._seed, self._debug_nonfinite = seed, debug_nonfinite
-        self._precondition = _preconditioner(self.settings, seed)
+        self._precondition = make_preconditioner(self.settings, seed)
         self._steps = self._failures = 0
         self._last: Tensor | None = None
         self._forcing: tuple[float, float] | None = None  # the last gradient norm and forcing term
@@ -244,22 +239,15 @@ class HessianFree(torch.optim.Optimizer):
             )
 
     def _decide_vectors(self) -> None:
-        """Settle what ``vectors="auto"`` stands for; by rank 0's memory, so that all ranks do alike."""
-        if self.settings.vectors != "auto":
-            return
-        bytes_needed = _VECTORS * self.parameters.numel * self.parameters.dtype.itemsize
-        shares = self.comm.gather_objects((socket.gethostname(), memory_of(self.parameters.device)))
-        ranks_here = sum(host == shares[0][0] for host, _ in shares)
-        there = shares[0][1] / (1 if self.parameters.device.type == "cuda" else ranks_here)
-        sharded = self.comm.size > 1 and self.settings.solver != "direct" and bytes_needed > 0.25 * there
-        sharded = sharded and self.settings.reduce_dtype == "full"
-        self.settings = dataclasses.replace(self.settings, vectors="sharded" if sharded else "replicated")
-        if sharded:
-            self.notes.append(f"vectors sharded: replicated ones would take {bytes_needed / 1e9:.1f} GB on each rank")
+        """Settle what ``vectors="auto"`` stands for."""
+        if self.settings.vectors == "auto":
+            vectors, note = choose_vectors(self.settings, self.parameters, self.comm)
+            self.settings = dataclasses.replace(self.settings, vectors=vectors)
+            self.notes += note
 
     def _take_iterative(self, why: str) -> None:
         self._take_solver("cgls" if self.objective.is_least_squares else "cg", why)
-        self.notes.append(f"preconditioner {_name(self.settings.preconditioner)}")
+        self.notes.append(f"preconditioner {name_of(self.settings.preconditioner)}")
 
     def _take_solver(self, solver: str, why: str) -> None:
         self.settings = dataclasses.replace(self.settings, solver=solver)
@@ -379,7 +367,7 @@ class HessianFree(torch.optim.Optimizer):
         """The settings that must be the same on all ranks; the operator compares the parameters."""
         settings = {f.name: getattr(self.settings, f.name) for f in dataclasses.fields(self.settings)}
         return {
-            **{name: _name(value) if callable(value) else repr(value) for name, value in settings.items()},
+            **{name: name_of(value) if callable(value) else repr(value) for name, value in settings.items()},
             **{f"the steering's {name}": repr(value) for name, value in self.steering.state_dict().items()},
             "seed": repr(self._seed),
             "step": repr(self._steps),
@@ -428,29 +416,6 @@ class HessianFree(torch.optim.Optimizer):
         self._remember(state["preconditioner"], None if forcing is None else (float(forcing[0]), float(forcing[1])))
 
 
-def _steering(settings: Settings) -> Steering:
-    if settings.globalisation == "trust-region":
-        return TrustRegion(settings.radius)
-    if settings.globalisation == "nielsen":
-        return Nielsen(settings.damping, smallest=settings.damping_smallest)
-    return LevenbergMarquardt(settings.damping, factor=settings.damping_factor, smallest=settings.damping_smallest)
-
-
-def _preconditioner(settings: Settings, seed: int) -> MakePreconditioner | None:
-    """What makes the preconditioner of each step; None for none."""
-    if callable(settings.preconditioner):
-        return settings.preconditioner
-    refresh = settings.preconditioner_refresh
-    makers: dict[str, Callable[[], MakePreconditioner | None]] = {
-        "none": lambda: None,
-        "jacobi": lambda: functools.partial(jacobi, seed=seed),
-        "empirical-fisher": lambda: empirical_fisher,
-        "kfac": lambda: KFAC(refresh=refresh or 2, seed=seed),
-        "nystrom": lambda: Nystrom(rank=settings.preconditioner_rank, refresh=refresh, seed=seed),
-    }
-    return makers[settings.preconditioner]()
-
-
 def _descents(solve: Solution, space: VectorSpace) -> Sequence[Iterate]:
     """The iterates to search. A direction of non-positive curvature goes on from the last one, and is searched first."""
     if solve.direction is None:
@@ -460,16 +425,3 @@ def _descents(solve: Solution, space: VectorSpace) -> Sequence[Iterate]:
         return [Iterate(0, solve.direction, math.nan)]
     longer = solve.x + solve.direction * math.sqrt(xx / dd)
     return [*solve.iterates, Iterate(solve.iterations, longer, math.nan)]
-
-
-def _name(preconditioner: Any) -> str:
-    if callable(preconditioner):
-        return getattr(preconditioner, "__qualname__", type(preconditioner).__qualname__)
-    return str(preconditioner)
-
-
-def _in_words(settings: Settings) -> str:
-    parts = [f"{settings.curvature} matrix", f"solver {settings.solver}"]
-    if settings.solver not in ("auto", "direct"):
-        parts.append(f"preconditioner {_name(settings.preconditioner)}")
-    return ", ".join([*parts, settings.globalisation.replace("-", " ")])

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import functools
 import math
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,7 +26,7 @@ from dhf.reason import Reason
 from dhf.solvers import Direct, Solution, cg, cgls, minres, steihaug
 from dhf.vector_space import VectorSpace
 
-__all__ = ["Bounds", "Dense", "Linearisation", "MakePreconditioner", "Precondition", "memory_of"]
+__all__ = ["Bounds", "Dense", "Linearisation", "MakePreconditioner", "Precondition"]
 
 Precondition = Callable[[Tensor], Tensor]
 MakePreconditioner = Callable[[GlobalOperator, float], Precondition]
@@ -169,7 +168,7 @@ class Linearisation:
             "coordinator": self.coordinator,
             "move_buffers": move_buffers,
             "debug_nonfinite": self._debug,
-            "vectors": "sharded" if self.settings.vectors == "sharded" else "replicated",
+            "vectors": self.settings.vectors,
             "bucket_bytes": int(self.settings.bucket_mb * 1e6) or None,
         }
         if self.settings.solver == "cgls":
@@ -219,16 +218,6 @@ class Dense:
     def __str__(self) -> str:
         space = "sample" if self.in_samples else "parameter"
         return f"a {self.size:,} x {self.size:,} matrix in {space} space"
-
-
-def memory_of(device: torch.device) -> float:
-    """The bytes that a device has in all."""
-    if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[1])
-    try:
-        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    except (ValueError, OSError, AttributeError):
-        return math.inf
 
 
 def _in_samples(operator: GlobalOperator) -> bool:

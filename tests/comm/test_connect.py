@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 import dhf
 from dhf.comm import Communicator
-from dhf.comm.connect import Launch, detect, first_host
+from dhf.comm.launch import Launch, detect, first_host
 from tests.ranks import ranks, try_ranks
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}

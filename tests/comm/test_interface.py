@@ -10,8 +10,9 @@ import pytest
 import torch.distributed as dist
 
 import dhf
-from dhf.comm.connect import Launch, _reach_other_hosts
+from dhf.comm.connect import _reach_other_hosts
 from dhf.comm.interface import interface_of, is_loopback, route
+from dhf.comm.launch import Launch
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="interfaces are found by address on Linux alone")
 
