@@ -172,13 +172,11 @@ class Whole:
 
 
 class _Sender(Protocol):
-    """How a buffer of status, riders and product is all-reduced.
+    """How a buffer of status, riders and product is all-reduced."""
 
-    Attributes:
-        ready: See :class:`Target`.
-    """
-
-    ready: Callable[[int], None] | None
+    @property
+    def ready(self) -> Callable[[int], None] | None:
+        """See :class:`Target`."""
 
     def begin(self) -> None:
         """A product is about to be written."""
@@ -210,7 +208,11 @@ class _Buckets:
             for start, size in zip(starts, sizes, strict=True)
         ]
         self._wanted = [self._part_of.count(i) for i in range(len(self._parts))]
-        self.ready: Callable[[int], None] | None = self._ready if len(self._parts) > 1 else None
+
+    @property
+    def ready(self) -> Callable[[int], None] | None:
+        """Starts parts early, where there are several."""
+        return self._ready if len(self._parts) > 1 else None  # kept, it would be a cycle that holds the buffer
 
     def begin(self) -> None:
         """Nothing is ready."""

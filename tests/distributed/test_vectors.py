@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
+import weakref
 from typing import Any
 
 import pytest
@@ -103,6 +105,28 @@ def test_products_in_pieces(size: int, shards: str) -> None:
         if size > 1:
             # gather, reduce-scatter, and the status, with which the inner products ride
             assert (found["first"], found["free"]) == (3, 0)
+
+
+def buffers_left(comm: Communicator, options: dict[str, Any]) -> bool:
+    """Whether an operator's buffers outlive it until the garbage collector comes."""
+    objective, batch = model("layernorm", "cross_entropy", SAMPLES)
+    gc.collect()
+    gc.disable()
+    try:
+        with dhf.GaussNewton(objective, my_batches(comm, batch, [6, 6], 1), comm=comm, **options) as A:
+            dhf.cg(A.shifted(1.0), -A.gradient, max_iterations=2)
+            reduction = weakref.ref(A._reduction)
+        del A
+        return reduction() is not None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"bucket_bytes": 100}, {"vectors": "sharded"}], ids=["whole", "parts", "pieces"]
+)
+def test_buffers_go_with_their_operator(options: dict[str, Any]) -> None:
+    assert not any(ranks(2, buffers_left, options=options))
 
 
 def solve(comm: Communicator, shards: list[int], vectors: str, fails: str = "") -> dhf.Solution:
