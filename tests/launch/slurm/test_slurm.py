@@ -15,7 +15,7 @@ from tests.launch.slurm.cluster import BOUND, ROOT, Cluster, Job, cluster
 
 __all__ = ["cluster"]
 
-pytestmark = [pytest.mark.launch, pytest.mark.long]
+pytestmark = pytest.mark.launch
 
 PACED = ("--problem", f"{Path(__file__).with_name('paced.py')}:build", "--dtype", "float64")
 SIX = ("--steps", "6", "--checkpoint-every", "0", "--target-loss", "-1")
