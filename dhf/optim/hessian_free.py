@@ -82,7 +82,8 @@ class HessianFree(torch.optim.Optimizer):
         vectors: ``"replicated"``: every rank holds each vector of a solve whole; ``"sharded"``: one piece; ``"auto"``: sharded
             where replicated ones would take more than a quarter of the memory.
         bucket_mb: With replicated vectors, the all-reduce of a product is cut at parameters into parts of at least so many
-            megabytes, which start while the product is still being computed; 0 for one at the end.
+            megabytes, which start while the product is still being computed; 0, the default, for one at the end. On a network of
+            1 Gbit/s, 0.25 repays; on faster ones it costs more than it hides.
         reduce_dtype: ``"bfloat16"`` has ranks send products of cg at half the bytes of float32; ``"full"`` by default.
         seed: Names the random streams (dropout masks, sampled labels, sub-samples, probes); the same on all ranks.
         debug_nonfinite: Whether to search for the sample where a loss, gradient or product is not finite.

@@ -88,7 +88,7 @@ class Settings:
     warm_start_decay: float = 0.0
     curvature_fraction: float = 1.0
     vectors: str = "auto"
-    bucket_mb: float = 0.25
+    bucket_mb: float = 0.0
     reduce_dtype: str = "full"
 
 

@@ -9,6 +9,7 @@ matrix products instead of four, and gave a slower optimizer on the autoencoder 
 from __future__ import annotations
 
 import functools
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -54,7 +55,9 @@ class KFAC:
         self._refresh, self._seed, self._calls = refresh, seed, 0
         self._eigen: list[tuple[Eigen, Eigen] | None] = []  # of a rank's own layers alone where vectors are in pieces
         self._used: list[bool] = []
+        # of parameters in no layer, infinite at the others; this rank's piece where vectors are in pieces
         self._diagonal = torch.zeros(0)
+        self._n = 0
         self._told = False
 
     def __call__(self, operator: GlobalOperator, damping: float) -> Callable[[Tensor], Tensor]:
@@ -70,25 +73,22 @@ class KFAC:
         if not mu > 0:
             raise ValueError(f"K-FAC needs positive damping, got {damping}; its factors are singular")
         layers = layers_of(operator.objective, operator.parameters)
-        known = len(self._eigen) == len(layers) and len(self._diagonal) == operator.shape[0]
+        known = len(self._eigen) == len(layers) and self._n == operator.shape[0]
         if self._calls % self._refresh == 0 or not known:
             self._renew(operator, layers)
+        elif operator.in_pieces and len(self._diagonal) == self._n:  # as it comes from a checkpoint
+            self._diagonal = operator.space.piece(self._diagonal)
         self._calls += 1
         rest = 1.0 / (self._diagonal + mu)
-        in_blocks = operator.parameters.split(rest)
         parts, owners = [], []
         for layer, owner, used, eigen in zip(
             layers, _owners(layers, operator.comm.size), self._used, self._eigen, strict=True
         ):
             if not used:
                 continue
-            in_blocks[layer.weight].zero_()
-            if layer.bias is not None:
-                in_blocks[layer.bias].zero_()
             scale = None if eigen is None else 1.0 / (torch.outer(eigen[1][0], eigen[0][0]) + mu)
             parts.append(functools.partial(_solve, layer, eigen, scale))
             owners.append(owner)
-        rest = operator.space.piece(rest)
 
         def apply(r: Tensor) -> Tensor:
             return operator.spread(parts, owners, r).addcmul_(rest, r)
@@ -101,10 +101,15 @@ class KFAC:
         *factors, places, gradient = operator.sums(add, factor_shapes(layers, parameters))
         # with labels sampled independently, samples x (mean gradient)² has the Fisher matrix's diagonal as its expectation
         squares = gradient.square_().mul_(operator.count)
-        for piece in parameters.split(squares):
-            piece.add_(piece.mean()).mul_(0.5)
-        self._diagonal = squares
+        blocks = parameters.split(squares)
+        for block in blocks:
+            block.add_(block.mean()).mul_(0.5)
         self._used = [float(p) > 0 for p in places]
+        for layer, used in zip(layers, self._used, strict=True):
+            for i in (layer.weight, layer.bias):
+                if used and i is not None:
+                    blocks[i].fill_(math.inf)
+        self._diagonal, self._n = operator.space.piece(squares), parameters.numel
         owners, rank = _owners(layers, operator.comm.size), operator.comm.rank
         self._eigen = [None] * len(layers)
 
@@ -148,12 +153,17 @@ class KFAC:
     @property
     def is_whole(self) -> bool:
         """Whether this rank holds all that is kept, and not its own layers alone."""
-        return all(eigen is not None for eigen, used in zip(self._eigen, self._used, strict=True) if used)
+        whole = all(eigen is not None for eigen, used in zip(self._eigen, self._used, strict=True) if used)
+        return whole and len(self._diagonal) == self._n
 
     def consolidate(self, coordinator: Coordinator, objective: Objective) -> None:
         """Have every rank hold all that is kept, for :meth:`state_dict`. Collective."""
         if self._eigen:
             self._share(coordinator, layers_of(objective, Parameters(objective.module)))
+        if len(self._diagonal) < self._n:
+            whole = self._diagonal.new_zeros(len(self._diagonal) * coordinator.comm.size)
+            coordinator.all_gather(self._diagonal, whole)
+            self._diagonal = whole[: self._n].clone()
 
     def _tell(self, operator: GlobalOperator, layers: list[Layer]) -> None:
         covered = {i for layer in layers for i in (layer.weight, layer.bias)}
@@ -176,6 +186,7 @@ class KFAC:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up the state of :meth:`state_dict`."""
         self._calls, self._diagonal = int(state["calls"]), state["diagonal"].clone()
+        self._n = len(self._diagonal)
         self._eigen = [None if e is None else ((e[0], e[1]), (e[2], e[3])) for e in state["eigen"]]
         self._used = list(state["used"])
 
