@@ -162,7 +162,10 @@ class Run:
         return self.phases.stop()
 
     def memory(self, setup: dict[str, Any]) -> dict[str, float]:
-        """Most megabytes of flat vectors that live at once during a step, by their storages; this class's own left out."""
+        """Most megabytes of flat vectors that live at once during a step, by their storages.
+
+        The parameters themselves, which are views of one vector here, and this class's own copy are left out.
+        """
         n, size = self.n, self.comm.size
         most = 0.0
         advance = ConjugateGradients.step
@@ -176,7 +179,8 @@ class Run:
                     numbers = thing.untyped_storage().nbytes() // thing.itemsize
                     if n // size <= numbers <= n + 64 or numbers == -(-n // size) * size:
                         found[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
-            found.pop(self._start.untyped_storage().data_ptr(), None)
+            for own in (self._start, *self.case.module.parameters()):
+                found.pop(own.untyped_storage().data_ptr(), None)
             most = max(most, sum(found.values()) / 1e6)
             return result
 

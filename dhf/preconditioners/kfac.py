@@ -109,7 +109,8 @@ class KFAC:
             for i in (layer.weight, layer.bias):
                 if used and i is not None:
                     blocks[i].fill_(math.inf)
-        self._diagonal, self._n = operator.space.piece(squares), parameters.numel
+        # a copy, that the buffer of all sums may go
+        self._diagonal, self._n = operator.space.piece(squares).clone(), parameters.numel
         owners, rank = _owners(layers, operator.comm.size), operator.comm.rank
         self._eigen = [None] * len(layers)
 
