@@ -8,14 +8,14 @@ are split over ranks and micro-batches, in their order, the same labels are draw
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dhf.curvature.gauss_newton import GaussNewtonGraph
+from dhf.curvature.gauss_newton import GaussNewton, GaussNewtonGraph
 from dhf.errors import UsageError
 from dhf.objective import Objective
 from dhf.parameters import Parameters
@@ -32,13 +32,21 @@ class FisherGraph:
         batch: One micro-batch.
         samples: Labels drawn per sample.
         seed: Names the stream of random numbers.
+        gauss_newton: Makes the graph of outputs and Jacobian.
 
     Raises:
         UsageError: If the loss has no predictive distribution.
     """
 
     def __init__(
-        self, objective: Objective, parameters: Parameters, batch: Any, *, samples: int = 1, seed: int = 0
+        self,
+        objective: Objective,
+        parameters: Parameters,
+        batch: Any,
+        *,
+        samples: int = 1,
+        seed: int = 0,
+        gauss_newton: Callable[[Objective, Parameters, Any], GaussNewton] = GaussNewtonGraph,
     ) -> None:
         known = objective.known_loss()
         if known is None:
@@ -46,7 +54,7 @@ class FisherGraph:
                 "the Fisher matrix needs a loss with a predictive distribution (MSELoss, CrossEntropyLoss, BCEWithLogitsLoss "
                 "or LeastSquares), found another; use the Gauss-Newton matrix"
             )
-        self._graph = GaussNewtonGraph(objective, parameters, batch)
+        self._graph = gauss_newton(objective, parameters, batch)
         self.rows, self.loss, self.gradient = self._graph.rows, self._graph.loss, self._graph.gradient
         self.width = self._graph.width
         self._loss = known

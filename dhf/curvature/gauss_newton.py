@@ -10,7 +10,7 @@ whatever u is (Townsend's trick); with u = ∇ℓ(z) its value is the gradient, 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -21,7 +21,31 @@ from dhf.losses import OutputHessian
 from dhf.objective import Objective
 from dhf.parameters import Parameters
 
-__all__ = ["GaussNewtonGraph"]
+__all__ = ["GaussNewton", "GaussNewtonGraph", "Jacobian", "loss_in_outputs"]
+
+
+class GaussNewton(Protocol):
+    """What can multiply with the Jacobian of one micro-batch and with its transpose: a Graph with two halves."""
+
+    loss: Tensor
+    gradient: Sequence[Tensor]
+    rows: int
+    width: int
+    outputs: Tensor
+    slope: Tensor
+    output_hessian: OutputHessian
+
+    def begin(self, first_row: int) -> None:
+        """See :class:`dhf.curvature.Graph`."""
+
+    def product(self, v: Sequence[Tensor]) -> Sequence[Tensor]:
+        """``G v``."""
+
+    def push(self, v: Sequence[Tensor]) -> Tensor:
+        """``J v``, of the outputs' shape."""
+
+    def pull(self, u: Tensor) -> Sequence[Tensor]:
+        """``Jᵀ u``, one tensor per parameter."""
 
 
 class GaussNewtonGraph:
@@ -39,21 +63,10 @@ class GaussNewtonGraph:
         if not z.requires_grad:
             raise UsageError("the outputs do not depend on any trainable parameter; check for detach() or no_grad()")
         self.outputs = z.detach()
-        at = z.detach().requires_grad_(True)
-        loss = scalar_loss(objective, at, batch)
-        slope = _loss_slope(loss, at, parameters)
-        known = objective.output_hessian(self.outputs, batch)
-        self.output_hessian: OutputHessian = known if known is not None else _autograd_hessian(slope, at)
-        self.slope = slope.detach()
+        self.loss, self.slope, self.output_hessian = loss_in_outputs(objective, parameters, self.outputs, batch)
         self.rows, self.width = rows_and_width(z)
-        self.loss = loss.detach()
-        self._z, self._tensors = z, parameters.tensors
-        self._u = self.slope.clone().requires_grad_(True)
-        gradient = torch.autograd.grad(z, self._tensors, self._u, create_graph=True, materialize_grads=True)
-        self.gradient: Sequence[Tensor] = [g.detach() for g in gradient]
-        # parameters the outputs do not depend on have no graph
-        self._kept = [i for i, g in enumerate(gradient) if g.requires_grad]
-        self._graph = [gradient[i] for i in self._kept]
+        self._jacobian = Jacobian(z, parameters.tensors, self.slope)
+        self.gradient: Sequence[Tensor] = self._jacobian.pulled
 
     def begin(self, first_row: int) -> None:
         """The Gauss-Newton matrix does not depend on where the micro-batch stands among all data."""
@@ -64,11 +77,56 @@ class GaussNewtonGraph:
 
     def push(self, v: Sequence[Tensor]) -> Tensor:
         """``J v``, of the outputs' shape."""
+        return self._jacobian.push(v)
+
+    def pull(self, u: Tensor) -> Sequence[Tensor]:
+        """``Jᵀ u``, one tensor per parameter, from a tensor of the outputs' shape."""
+        return self._jacobian.pull(u)
+
+
+class Jacobian:
+    """``∂z/∂θ`` by the graphs of z and of ``Jᵀu``.
+
+    Args:
+        z: Outputs with their graph.
+        tensors: θ.
+        u: Any cotangent, of z's shape.
+
+    Attributes:
+        pulled: ``Jᵀu``.
+    """
+
+    def __init__(self, z: Tensor, tensors: Sequence[Tensor], u: Tensor) -> None:
+        self._z, self._tensors = z, tensors
+        self._u = u.detach().clone().requires_grad_(True)
+        pulled = torch.autograd.grad(z, tensors, self._u, create_graph=True, materialize_grads=True)
+        self.pulled: Sequence[Tensor] = [g.detach() for g in pulled]
+        # parameters the outputs do not depend on have no graph
+        self._kept = [i for i, g in enumerate(pulled) if g.requires_grad]
+        self._graph = [pulled[i] for i in self._kept]
+
+    def push(self, v: Sequence[Tensor]) -> Tensor:
+        """``J v``, of the outputs' shape."""
         return torch.autograd.grad(self._graph, self._u, [v[i] for i in self._kept], retain_graph=True)[0]
 
     def pull(self, u: Tensor) -> Sequence[Tensor]:
         """``Jᵀ u``, one tensor per parameter, from a tensor of the outputs' shape."""
         return torch.autograd.grad(self._z, self._tensors, u, retain_graph=True, materialize_grads=True)
+
+
+def loss_in_outputs(
+    objective: Objective, parameters: Parameters, z: Tensor, batch: Any
+) -> tuple[Tensor, Tensor, OutputHessian]:
+    """The mean loss as a function of the outputs: its value at z, ``∇ℓ(z)``, and the product with ``∇²ℓ(z)``.
+
+    Raises:
+        UsageError: If the loss is not one number, or also depends on the parameters past the outputs.
+    """
+    at = z.detach().requires_grad_(True)
+    loss = scalar_loss(objective, at, batch)
+    slope = _loss_slope(loss, at, parameters)
+    known = objective.output_hessian(z, batch)
+    return loss.detach(), slope.detach(), known if known is not None else _autograd_hessian(slope, at)
 
 
 def _loss_slope(loss: Tensor, z: Tensor, parameters: Parameters) -> Tensor:

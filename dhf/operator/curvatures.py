@@ -11,6 +11,7 @@ from torch import Tensor
 from dhf.comm import Communicator
 from dhf.coordinator import Coordinator, capture
 from dhf.curvature import FisherGraph, GaussNewtonGraph, GradientGraph, HessianGraph
+from dhf.curvature.traced import graph_builder
 from dhf.evaluation import evaluate, micro_batch_seeds
 from dhf.objective import Objective
 from dhf.operator.global_operator import GlobalOperator
@@ -25,6 +26,9 @@ class Hessian(GlobalOperator):
         objective: What is differentiated.
         batches: This rank's micro-batches.
         comm: How ranks talk; one process by default.
+        products: ``"retained"``: autograd's graph, differentiated once more for each product; ``"traced"``: its operations,
+            recorded once for each shape of micro-batch and replayed; ``"compiled"``: the same, compiled; ``"auto"``: retained
+            or traced, whichever takes less time. What cannot be recorded is retained, with a warning.
         **options: ``seed``, ``coordinator``, ``move_buffers``, ``debug_nonfinite`` as in :class:`GlobalOperator`.
 
     Example:
@@ -42,9 +46,10 @@ class Hessian(GlobalOperator):
         batches: Iterable[Any],
         *,
         comm: Communicator | None = None,
+        products: str = "retained",
         **options: Any,
     ) -> None:
-        super().__init__(objective, batches, comm=comm, build=HessianGraph, **options)
+        super().__init__(objective, batches, comm=comm, build=graph_builder(HessianGraph, products), **options)
 
 
 class GaussNewton(GlobalOperator):
@@ -59,9 +64,10 @@ class GaussNewton(GlobalOperator):
         batches: Iterable[Any],
         *,
         comm: Communicator | None = None,
+        products: str = "retained",
         **options: Any,
     ) -> None:
-        super().__init__(objective, batches, comm=comm, build=GaussNewtonGraph, **options)
+        super().__init__(objective, batches, comm=comm, build=graph_builder(GaussNewtonGraph, products), **options)
 
 
 class Fisher(GlobalOperator):
@@ -73,6 +79,7 @@ class Fisher(GlobalOperator):
         comm: How ranks talk; one process by default.
         samples: Labels drawn per sample.
         seed: Names the labels; the same on all ranks.
+        products: As in :class:`Hessian`.
         **options: ``coordinator``, ``move_buffers``, ``debug_nonfinite`` as in :class:`GlobalOperator`.
     """
 
@@ -84,11 +91,14 @@ class Fisher(GlobalOperator):
         comm: Communicator | None = None,
         samples: int = 1,
         seed: int = 0,
+        products: str = "retained",
         **options: Any,
     ) -> None:
         if samples < 1:
             raise ValueError(f"samples must be at least 1, got {samples}")
-        build = functools.partial(FisherGraph, samples=samples, seed=seed)
+        build = functools.partial(
+            FisherGraph, samples=samples, seed=seed, gauss_newton=graph_builder(GaussNewtonGraph, products)
+        )
         super().__init__(objective, batches, comm=comm, build=build, seed=seed, **options)
 
 

@@ -16,7 +16,9 @@ from torch import Tensor
 from dhf.comm import Communicator
 from dhf.coordinator import Verdict
 from dhf.curvature import GaussNewtonGraph
-from dhf.curvature.shard import Multiply
+from dhf.curvature.gauss_newton import GaussNewton
+from dhf.curvature.shard import BuildGraph, Multiply
+from dhf.curvature.traced import graph_builder
 from dhf.errors import UsageError
 from dhf.objective import Objective, require_objective
 from dhf.operator.global_operator import GlobalOperator
@@ -33,7 +35,9 @@ class ResidualJacobian(GlobalOperator):
         objective: A LeastSquares objective, or one with torch's MSELoss.
         batches: This rank's micro-batches.
         comm: How ranks talk; one process by default.
-        **options: ``seed``, ``coordinator``, ``move_buffers``, ``debug_nonfinite`` as in :class:`dhf.GlobalOperator`.
+        products: As in :class:`dhf.Hessian`.
+        **options: ``build`` (of a GaussNewton graph), ``seed``, ``coordinator``, ``move_buffers``, ``debug_nonfinite`` as in
+            :class:`dhf.GlobalOperator`.
 
     Attributes:
         squared: ``vᵀAv`` of the last product, as a sum of squares over all rows; the same on every rank.
@@ -45,7 +49,14 @@ class ResidualJacobian(GlobalOperator):
     RIDERS = 1
 
     def __init__(
-        self, objective: Objective, batches: Iterable[Any], *, comm: Communicator | None = None, **options: Any
+        self,
+        objective: Objective,
+        batches: Iterable[Any],
+        *,
+        comm: Communicator | None = None,
+        products: str = "retained",
+        build: BuildGraph | None = None,
+        **options: Any,
     ) -> None:
         require_objective(objective)
         if not objective.is_least_squares:
@@ -54,7 +65,9 @@ class ResidualJacobian(GlobalOperator):
                 "torch.nn.MSELoss, or solve with cg"
             )
         self.squared = 0.0
-        super().__init__(objective, batches, comm=comm, build=GaussNewtonGraph, **options)
+        super().__init__(
+            objective, batches, comm=comm, build=build or graph_builder(GaussNewtonGraph, products), **options
+        )
 
     def apply(
         self, v: Tensor, proposal: Reason | None = None, failure: Exception | None = None, shift: float = 0.0
@@ -62,7 +75,7 @@ class ResidualJacobian(GlobalOperator):
         """``(A + shift·I) v`` as in :meth:`GlobalOperator.apply`, and :attr:`squared`, of A alone."""
 
         def work(whole: Tensor | None, target: Target) -> None:
-            def multiply(graph: GaussNewtonGraph, pieces: Sequence[Tensor], weight: float) -> Sequence[Tensor]:
+            def multiply(graph: GaussNewton, pieces: Sequence[Tensor], weight: float) -> Sequence[Tensor]:
                 Jv = graph.push(pieces)
                 half = graph.output_hessian(Jv)
                 target.riders[0] += torch.dot(Jv.reshape(-1), half.reshape(-1)) * weight
@@ -81,7 +94,7 @@ class ResidualJacobian(GlobalOperator):
     ) -> tuple[Tensor, Verdict]:
         """``-Jᵀ(r + J x) - weight_decay (θ + x)``, from rows: accurate where ``-∇f - A x`` would cancel."""
 
-        def multiply(graph: GaussNewtonGraph, pieces: Sequence[Tensor], weight: float) -> Sequence[Tensor]:
+        def multiply(graph: GaussNewton, pieces: Sequence[Tensor], weight: float) -> Sequence[Tensor]:
             return graph.pull(-(graph.slope + graph.output_hessian(graph.push(pieces))))
 
         decay: list[tuple[Tensor, float]] = []

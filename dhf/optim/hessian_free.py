@@ -85,6 +85,7 @@ class HessianFree(torch.optim.Optimizer):
             megabytes, which start while the product is still being computed; 0, the default, for one at the end. On a network of
             1 Gbit/s, 0.25 repays; on faster ones it costs more than it hides.
         reduce_dtype: ``"bfloat16"`` has ranks send products of cg at half the bytes of float32; ``"full"`` by default.
+        products: ``"retained"`` (the default), ``"traced"``, ``"compiled"`` or ``"auto"``, as in :class:`dhf.Hessian`.
         seed: Names the random streams (dropout masks, sampled labels, sub-samples, probes); the same on all ranks.
         debug_nonfinite: Whether to search for the sample where a loss, gradient or product is not finite.
         coordinator: How ranks agree; made from ``comm`` by default.
@@ -138,6 +139,7 @@ class HessianFree(torch.optim.Optimizer):
         vectors: str | None = None,
         bucket_mb: float | None = None,
         reduce_dtype: str | None = None,
+        products: str | None = None,
         seed: int = 0,
         debug_nonfinite: bool = False,
         coordinator: Coordinator | None = None,
@@ -284,7 +286,12 @@ class HessianFree(torch.optim.Optimizer):
             precondition=self._precondition,
             debug_nonfinite=self._debug_nonfinite,
             verify=self._verify,
+            tell=self._note,
         )
+
+    def _note(self, words: str) -> None:
+        if words not in self.notes:
+            self.notes.append(words)
 
     def _bounds(self, gradient_norm: float) -> Bounds:
         settings = self.settings

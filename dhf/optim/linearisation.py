@@ -16,6 +16,7 @@ from torch import Tensor
 from dhf.coordinator import Coordinator
 from dhf.curvature import FisherGraph, GaussNewtonGraph, GradientGraph, HessianGraph, NonFinite
 from dhf.curvature.shard import BuildGraph
+from dhf.curvature.traced import graph_builder
 from dhf.errors import NonFiniteError
 from dhf.evaluation import moving_buffers
 from dhf.objective import Objective, rows, select
@@ -66,6 +67,7 @@ class Linearisation:
         precondition: Makes the preconditioner, or None.
         debug_nonfinite: Whether to search for the sample where a product is not finite.
         verify: Whether a direct solver compares single samples with their batch.
+        tell: Called with a sentence where products are taken in another way than asked for; warns by default.
 
     Attributes:
         theta: The parameters, shape (n,).
@@ -92,10 +94,12 @@ class Linearisation:
         precondition: MakePreconditioner | None,
         debug_nonfinite: bool = False,
         verify: bool = True,
+        tell: Callable[[str], None] | None = None,
     ) -> None:
         self.objective, self.parameters, self.coordinator = objective, parameters, coordinator
         self.settings, self.shard, self.seed = settings, shard, seed
         self._precondition, self._debug, self._verify = precondition, debug_nonfinite, verify
+        self._tell = tell
         self.theta = parameters.read()
         self.products = 0
         self.non_finite: dict[int, NonFinite | None] = {}
@@ -171,16 +175,18 @@ class Linearisation:
             "vectors": self.settings.vectors,
             "bucket_bytes": int(self.settings.bucket_mb * 1e6) or None,
         }
-        if self.settings.solver == "cgls":
-            return ResidualJacobian(self.objective, shard, **options)
+        if self.settings.solver == "cgls" and build is not GradientGraph:
+            return ResidualJacobian(self.objective, shard, build=build, **options)
         return GlobalOperator(self.objective, shard, build=build, **options)
 
     def _graph(self) -> BuildGraph:
         if self.settings.solver == "direct":
             return GradientGraph
+        kind = HessianGraph if self.settings.curvature == "hessian" else GaussNewtonGraph
+        build = graph_builder(kind, self.settings.products, self._tell)
         if self.settings.curvature == "fisher":
-            return functools.partial(FisherGraph, seed=self.seed)
-        return GaussNewtonGraph if self.settings.curvature == "ggn" else HessianGraph
+            return functools.partial(FisherGraph, seed=self.seed, gauss_newton=build)
+        return build
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from dhf.curvature.traced import PRODUCTS
 from dhf.errors import UsageError
 from dhf.losses import BinaryCrossEntropy, CrossEntropy, MeanSquaredError
 from dhf.objective import LeastSquares, Objective
@@ -67,6 +68,7 @@ class Settings:
         curvature_fraction: Share of the samples that curvature is taken on.
         vectors: ``"replicated"``, ``"sharded"``, or ``"auto"``: sharded where replicated ones would take much of the memory.
         bucket_mb: Megabytes from which on a product's all-reduce is cut into parts that start early; 0 for one at the end.
+        products: ``"retained"``, ``"traced"``, ``"compiled"`` or ``"auto"``.
         reduce_dtype: ``"full"``, or ``"bfloat16"`` for the products of cg.
     """
 
@@ -90,6 +92,7 @@ class Settings:
     vectors: str = "auto"
     bucket_mb: float = 0.0
     reduce_dtype: str = "full"
+    products: str = "retained"
 
 
 PRESETS = {
@@ -182,6 +185,7 @@ def _check(s: Settings, objective: Objective) -> None:
     _check_choice("line_search", s.line_search, LINE_SEARCHES)
     _check_choice("vectors", s.vectors, VECTORS)
     _check_choice("reduce_dtype", s.reduce_dtype, REDUCE_DTYPES)
+    _check_choice("products", s.products, PRODUCTS)
     if not 0 <= s.bucket_mb < float("inf"):
         raise UsageError(f"bucket_mb must be finite and not negative, got {s.bucket_mb}")
     if s.reduce_dtype != "full" and (s.solver != "cg" or s.vectors == "sharded"):

@@ -107,9 +107,13 @@ class Config:
         None, "what a rank holds of each vector of a solve: all, or a piece; auto looks at the memory"
     )
     bucket_mb: float | None = _ranks(
-        None, "megabytes from which on the sum of a product over ranks starts early, in parts: 0.25 on slow networks; 0 is off"
+        None,
+        "megabytes from which on the sum of a product over ranks starts early, in parts: 0.25 on slow networks; 0 is off",
     )
     reduce_dtype: Literal["full", "bfloat16"] | None = _ranks(None, "in which ranks send products of cg")
+    products: Literal["retained", "traced", "compiled", "auto"] | None = _hf(
+        None, "how products are taken: on autograd's graph, by a recording, by a compiled one; auto times the first two"
+    )
     threads: int | None = _ranks(None, "threads per rank; the cores shared out by default")
     timeout: float = _ranks(300.0, "seconds to wait for a rank before giving up")
     deterministic: bool = _ranks(False, "use torch's deterministic algorithms")

@@ -1,0 +1,160 @@
+"""graph_builder(): how the graph of a micro-batch is made for each way of taking products.
+
+    retained    autograd's own graph, differentiated once more for every product
+    traced      the operations of one product, recorded; those that depend on the vector are replayed
+    compiled    the same, compiled
+    auto        retained or traced, whichever takes less time
+
+A recording belongs to an objective and to the shapes of a micro-batch, and serves all micro-batches and steps of these shapes.
+What cannot be recorded is retained.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+import warnings
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dhf.curvature.gauss_newton import GaussNewtonGraph
+from dhf.curvature.hessian import HessianGraph
+from dhf.curvature.traced.graphs import TracedGaussNewton, TracedHessian, outputs_of
+from dhf.curvature.traced.recording import CannotRecord
+from dhf.errors import UsageError
+from dhf.evaluation import moving_buffers
+from dhf.objective import Objective
+from dhf.parameters import Parameters
+
+__all__ = ["PRODUCTS", "graph_builder"]
+
+PRODUCTS = ("retained", "traced", "compiled", "auto")
+
+Program = Any  # of one of the two
+_KINDS: dict[type, Any] = {HessianGraph: TracedHessian, GaussNewtonGraph: TracedGaussNewton}
+_programs: weakref.WeakKeyDictionary[Objective, dict[Any, Program | None]] = weakref.WeakKeyDictionary()
+_TURNS = 5
+
+
+def graph_builder(kind: type, products: str, tell: Callable[[str], None] | None = None) -> Any:
+    """What makes the graph of a micro-batch.
+
+    Args:
+        kind: HessianGraph or GaussNewtonGraph.
+        products: One of :data:`PRODUCTS`.
+        tell: Called with a sentence where products are retained though another way was asked for; warns by default.
+
+    Raises:
+        UsageError: If there is no such way.
+    """
+    if products not in PRODUCTS:
+        raise UsageError(f"products {products!r} is unknown; choose from {', '.join(PRODUCTS)}")
+    return kind if products == "retained" else _Recorded(kind, products, tell or _warn)
+
+
+def _warn(words: str) -> None:
+    warnings.warn(words, stacklevel=2)
+
+
+class _Recorded:
+    def __init__(self, kind: type, products: str, tell: Callable[[str], None]) -> None:
+        self._kind, self._products, self._tell = kind, products, tell
+        self.__name__ = f"{products} {kind.__name__}"
+
+    def __call__(self, objective: Objective, parameters: Parameters, batch: Any) -> Any:
+        known = _programs.setdefault(objective, {})
+        try:
+            data = _tensors(batch)
+            key = self._key(objective, parameters, data, batch)
+            if key not in known:
+                known[key] = None  # until there is one
+                known[key] = self._program(objective, parameters, batch, data)
+            program = known[key]
+            if program is not None:
+                graph = program.build(objective, parameters, batch, data)
+                if graph.agrees(objective, batch):
+                    return graph
+                known[key] = None
+                raise CannotRecord(
+                    "gives other outputs than its recording: it depends on more than parameters, buffers and batch"
+                )
+        except CannotRecord as refusal:
+            self._tell(f"products are retained, not {self._products}, since the objective {refusal}")
+        return self._kind(objective, parameters, batch)
+
+    def _program(
+        self, objective: Objective, parameters: Parameters, batch: Any, data: Sequence[Tensor]
+    ) -> Program | None:
+        if moving_buffers(objective.module):
+            raise CannotRecord("has BatchNorm in training mode, whose statistics move")
+        objective.check(outputs_of(objective, batch), batch)
+        plain = copy.copy(objective)
+        plain.check = lambda outputs, batch: None  # type: ignore[method-assign]  # reads values
+        try:
+            program = _KINDS[self._kind](plain, parameters, batch, data, compiled=self._products == "compiled")
+        except (CannotRecord, UsageError):
+            raise
+        except Exception as error:  # the objective's own, then it comes again, or something that cannot be recorded
+            words = (str(error).splitlines() or [""])[0]
+            raise CannotRecord(f"cannot be recorded ({type(error).__name__}: {words})") from error
+        if self._products == "auto":
+            mine, retained = program.build(objective, parameters, batch, data), self._kind(objective, parameters, batch)
+            if _seconds(mine, parameters) > _seconds(retained, parameters):
+                return None
+        return program
+
+    def _key(self, objective: Objective, parameters: Parameters, data: Sequence[Tensor], batch: Any) -> Any:
+        firsts = [next(i for i, other in enumerate(data) if other is t) for t in data]
+        return (
+            self.__name__,
+            torch.get_num_threads() if self._products == "compiled" else 0,
+            parameters.names,
+            tuple((p.shape, p.dtype, p.device) for p in parameters.tensors),
+            tuple(module.training for module in objective.module.modules()),
+            tuple((i, t.shape, t.stride(), t.dtype, t.device) for i, t in zip(firsts, data, strict=True)),
+            _form(batch),
+        )
+
+
+def _tensors(batch: Any) -> list[Tensor]:
+    """The tensors of a batch, in order."""
+    if isinstance(batch, Tensor):
+        return [batch]
+    return [tensor for part in _parts(batch) for tensor in _tensors(part)]
+
+
+def _form(batch: Any) -> Any:
+    """What of a batch is no tensor, as something that can be compared."""
+    if isinstance(batch, Tensor):
+        return None
+    if isinstance(batch, Mapping):
+        return type(batch), tuple((key, _form(value)) for key, value in batch.items())
+    if isinstance(batch, (tuple, list)):
+        return type(batch), tuple(map(_form, batch))
+    return type(batch), batch
+
+
+def _parts(batch: Any) -> Sequence[Any]:
+    if isinstance(batch, Mapping):
+        return list(batch.values())
+    if isinstance(batch, (tuple, list)):
+        return batch
+    if batch is None or isinstance(batch, (bool, int, float, str)):
+        return ()
+    raise CannotRecord(f"has batches that hold {type(batch).__name__}, in which tensors cannot be found")
+
+
+def _seconds(graph: Any, parameters: Parameters) -> float:
+    v = [torch.ones_like(p) for p in parameters.tensors]
+    times = []
+    for _ in range(_TURNS):
+        began = time.perf_counter()
+        graph.product(v)
+        if parameters.device.type == "cuda":
+            torch.cuda.synchronize(parameters.device)
+        times.append(time.perf_counter() - began)
+    return min(times)
