@@ -23,7 +23,7 @@ from torch import Tensor
 
 from dhf.curvature.gauss_newton import GaussNewtonGraph
 from dhf.curvature.hessian import HessianGraph
-from dhf.curvature.traced.graphs import TracedGaussNewton, TracedHessian, outputs_of
+from dhf.curvature.traced.graphs import TracedGaussNewton, TracedHessian
 from dhf.curvature.traced.recording import CannotRecord
 from dhf.errors import UsageError
 from dhf.evaluation import moving_buffers
@@ -83,7 +83,9 @@ class _Recorded:
                     "gives other outputs than its recording: it depends on more than parameters, buffers and batch"
                 )
         except CannotRecord as refusal:
+            graph = self._kind(objective, parameters, batch)  # first, for what is wrong with the objective itself
             self._tell(f"products are retained, not {self._products}, since the objective {refusal}")
+            return graph
         return self._kind(objective, parameters, batch)
 
     def _program(
@@ -91,7 +93,6 @@ class _Recorded:
     ) -> Program | None:
         if moving_buffers(objective.module):
             raise CannotRecord("has BatchNorm in training mode, whose statistics move")
-        objective.check(outputs_of(objective, batch), batch)
         plain = copy.copy(objective)
         plain.check = lambda outputs, batch: None  # type: ignore[method-assign]  # reads values
         try:

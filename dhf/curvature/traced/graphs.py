@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,7 +14,7 @@ from dhf.curvature.gradient import rows_and_width
 from dhf.curvature.hessian import HessianGraph
 from dhf.curvature.traced.cutting import Map
 from dhf.curvature.traced.program import Program
-from dhf.curvature.traced.recording import CannotRecord, record
+from dhf.curvature.traced.recording import CannotRecord, Recording, record
 from dhf.objective import Objective
 from dhf.parameters import Parameters
 
@@ -33,7 +34,7 @@ class TracedHessian:
         v = _random_like(parameters.tensors)
         first: list[Tensor] = []
 
-        def function() -> Sequence[Tensor]:
+        def function(_: Recording) -> Sequence[Tensor]:
             graph = HessianGraph(objective, parameters, batch)
             first.extend([graph.loss, *graph.gradient, *graph.product(v)])
             return first
@@ -87,16 +88,18 @@ class TracedGaussNewton:
         self, objective: Objective, parameters: Parameters, batch: Any, data: Sequence[Tensor], *, compiled: bool
     ) -> None:
         v = _random_like(parameters.tensors)
-        u = _random_like([outputs_of(objective, batch)])
+        u: list[Tensor] = []
         first: list[Tensor] = []
 
-        def function() -> Sequence[Tensor]:
+        def function(recording: Recording) -> Sequence[Tensor]:
             z = objective.outputs(batch)
-            jacobian = Jacobian(z, parameters.tensors, torch.ones_like(u[0]))
+            u.extend(_random_like([z]))
+            recording.enter(u[0], "u")
+            jacobian = Jacobian(z, parameters.tensors, torch.ones_like(z))
             first.extend([z.detach(), jacobian.push(v), *jacobian.pull(u[0])])
             return first
 
-        recording, found = record(_named(parameters, data, v=v, u=u), function)
+        recording, found = record(_named(parameters, data, v=v), function)
         inputs = recording.inputs
         maps = [Map(inputs[-1 - len(v) : -1], [found[1]]), Map(inputs[-1:], found[2:])]
         self._program = Program(recording, found[:1], maps, compiled=compiled)
@@ -162,8 +165,8 @@ def _distinct(data: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _random_like(tensors: Sequence[Tensor]) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randn(t.shape, generator=generator, dtype=t.dtype).to(t.device) for t in tensors]
+    generator = np.random.default_rng(0)  # not torch's: that cannot be drawn from in a recording
+    return [torch.from_numpy(generator.standard_normal(tuple(t.shape))).to(t.device, t.dtype) for t in tensors]
 
 
 def _compare(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:

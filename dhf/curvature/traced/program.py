@@ -41,7 +41,7 @@ class Program:
     """
 
     def __init__(self, recording: Recording, heads: Sequence[Node], maps: Sequence[Map], *, compiled: bool) -> None:
-        self._constants = list(recording.constants.values())
+        self._constants = [recording.tensors[node].detach() for node in recording.constants]
         given = [*recording.inputs, *recording.constants]
         vectors = {node for m in maps for node in m.inputs}
         given = [node for node in given if node not in vectors]

@@ -6,6 +6,7 @@ computed is a constant: it is kept by reference, so that a buffer that is change
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -34,34 +35,43 @@ class Recording:
     """A graph of tensor operations.
 
     Attributes:
-        graph: Placeholders for the inputs, in order, then for the constants; no output node.
-        inputs: The inputs' placeholders.
-        constants: The constants, by their placeholders.
+        graph: Placeholders for inputs and constants, then what is computed; no output node.
+        inputs: The inputs' placeholders, in order.
+        constants: The constants' placeholders.
+        tensors: The tensors that placeholders stand for.
     """
 
     def __init__(self) -> None:
         self.graph = fx.Graph()
         self.inputs: list[Node] = []
-        self.constants: dict[Node, Tensor] = {}
+        self.constants: list[Node] = []
+        self.tensors: dict[Node, Tensor] = {}
         self._nodes: Any = WeakTensorKeyDictionary()
 
     def enter(self, tensor: Tensor, name: str) -> Node:
-        """Make a tensor an input."""
-        node = self.graph.placeholder(f"{name}_{len(self.inputs)}")
+        """Make a tensor an input that nothing recorded so far has used."""
+        node = self._placeholder(f"{name}_{len(self.inputs)}", tensor)
         self.inputs.append(node)
-        self.note(node, tensor)
         return node
 
     def node_of(self, tensor: Tensor) -> Node:
         """The node that computes a tensor, or that of a new constant."""
         node = self._nodes.get(tensor)
         if node is None:
-            last = next(reversed(self.constants), self.inputs[-1])
-            with self.graph.inserting_after(last):
-                node = self.graph.placeholder(f"constant_{len(self.constants)}")
-            self.constants[node] = tensor
-            self.note(node, tensor)
+            node = self._placeholder(f"constant_{len(self.constants)}", tensor)
+            self.constants.append(node)
         return node
+
+    def _placeholder(self, name: str, tensor: Tensor) -> Node:
+        with self._inserting_at_the_top():
+            node = self.graph.placeholder(name)
+        self.tensors[node] = tensor
+        self.note(node, tensor)
+        return node
+
+    def _inserting_at_the_top(self) -> Any:
+        first = next((n for n in self.graph.nodes if n.op != "placeholder"), None)
+        return contextlib.nullcontext() if first is None else self.graph.inserting_before(first)
 
     def note(self, node: Node, tensor: Tensor) -> None:
         """Remember what computes a tensor, and the tensor's shape, dtype and device."""
@@ -70,13 +80,13 @@ class Recording:
 
 
 def record(
-    inputs: Sequence[tuple[str, Tensor]], function: Callable[[], Sequence[Tensor]]
+    inputs: Sequence[tuple[str, Tensor]], function: Callable[[Recording], Sequence[Tensor]]
 ) -> tuple[Recording, list[Node]]:
     """Run a function of these tensors, and record it.
 
     Args:
         inputs: Names and tensors that a replay is given anew.
-        function: Returns the tensors that are wanted.
+        function: Returns the tensors that are wanted; may enter further inputs.
 
     Returns:
         The recording, and the nodes of the wanted tensors.
@@ -88,10 +98,10 @@ def record(
     for name, tensor in inputs:
         recording.enter(tensor, name)
     with _Recorder(recording):
-        wanted = function()
+        wanted = function(recording)
     found = [recording.node_of(tensor) for tensor in wanted]
     if any(_mutates(node) for node in recording.graph.nodes):
-        return _without_mutations(recording, [tensor for _, tensor in inputs], found)
+        return _without_mutations(recording, found)
     return recording, found
 
 
@@ -134,9 +144,7 @@ def _mutates(node: Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
-def _without_mutations(
-    recording: Recording, tensors: Sequence[Tensor], wanted: Sequence[Node]
-) -> tuple[Recording, list[Node]]:
+def _without_mutations(recording: Recording, wanted: Sequence[Node]) -> tuple[Recording, list[Node]]:
     """The same recording with every operation in place replaced by one that makes a new tensor."""
     # nothing but a replay of the whole, in which views of what is changed are followed, can tell
     changed = _changed_constants(recording)
@@ -144,21 +152,16 @@ def _without_mutations(
         raise CannotRecord(f"changes a tensor in place that it has not made, of shape {changed[0].meta['shape']}")
     recording.graph.output(list(wanted))
     module = fx.GraphModule({}, recording.graph)
-    constants = list(recording.constants.values())
-    held = [t.detach() for t in (*tensors, *constants)]
-    again = Recording()
-    names = [node.name for node in recording.inputs]
-    for name, tensor in zip(names, held, strict=False):
-        again.enter(tensor, name)
-
-    def function() -> Sequence[Tensor]:
-        return torch.func.functionalize(module, remove="mutations")(*held)
-
+    again, held = Recording(), {}
+    for node in recording.graph.find_nodes(op="placeholder"):
+        held[node] = recording.tensors[node].detach()
+    for node in recording.inputs:
+        again.enter(held[node], node.name)
     with torch.no_grad(), _Recorder(again):
-        outputs = function()
+        outputs = torch.func.functionalize(module, remove="mutations")(*held.values())
     found = [again.node_of(output) for output in outputs]
-    originals = {id(copy): original for copy, original in zip(held[len(tensors) :], constants, strict=True)}
-    again.constants = {node: originals.get(id(tensor), tensor) for node, tensor in again.constants.items()}
+    originals = {id(copy): recording.tensors[node] for node, copy in held.items()}
+    again.tensors = {node: originals.get(id(tensor), tensor) for node, tensor in again.tensors.items()}
     return again, found
 
 
