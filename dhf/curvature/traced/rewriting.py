@@ -10,6 +10,7 @@ Recurrent networks over T steps have T of each per layer, and spend more time on
 
 from __future__ import annotations
 
+import math
 import operator
 from collections import defaultdict
 from collections.abc import Sequence
@@ -25,6 +26,9 @@ __all__ = ["add_in_products", "apply_once_to_many", "join_sums"]
 
 aten = torch.ops.aten
 _LEAST = 4  # fewer than so many are left as they are
+_SMALL = (
+    1 << 22
+)  # multiplications; of larger products, the time to start them is nothing, and copies of their factors are large
 
 
 def join_sums(graph: fx.Graph, maps: Sequence[Map]) -> None:
@@ -53,6 +57,11 @@ def _is_sum(node: Node) -> bool:
         and len(node.args) == 2
         and all(isinstance(a, fx.Node) and a.meta.get("shape") == node.meta["shape"] for a in node.args)
     )
+
+
+def _is_small(product: Node) -> bool:
+    (m, k), (_, n) = (factor.meta["shape"] for factor in product.args)
+    return m * k * n < _SMALL
 
 
 def _is_inner(node: Node) -> bool:
@@ -91,11 +100,12 @@ def _is_whole(group: Sequence[Node]) -> bool:
 def _kind(term: Node) -> object:
     """What terms must have in common to be joined, or None."""
     if term.target is aten.mm.default:
-        return "product"
+        return "product" if _is_small(term) else None
     if term.target is aten.select_backward.default:
         return "row", tuple(term.args[1]), term.args[2]
     inner = term.args[0] if term.target is aten.view.default and _is_inner(term.args[0]) else term
-    if inner.target is aten.sum.dim_IntList and list(inner.args[1]) == [0]:
+    is_sum_of_rows = inner.target is aten.sum.dim_IntList and list(inner.args[1]) == [0]
+    if is_sum_of_rows and math.prod(inner.args[0].meta["shape"]) < _SMALL // 16:
         return (
             "rows",
             inner.args[0].meta["shape"][1:],
@@ -132,7 +142,7 @@ def apply_once_to_many(graph: fx.Graph, maps: Sequence[Map]) -> None:
         for node in graph.nodes:
             if node.target is aten.mm.default:
                 C, V = node.args
-                if V in varying and C not in varying:
+                if V in varying and C not in varying and _is_small(node):
                     by_matrix[V].append(node)
         for V, products in by_matrix.items():
             if len(products) < _LEAST:
