@@ -1,4 +1,4 @@
-"""Passes over recorded convolutions: weight gradients by the kernel made for them, and channels last on a CPU.
+"""Passes over recorded convolutions: biases within, weight gradients by their own kernel, and channels last on a CPU.
 
 Autograd writes the second derivative of a convolution with a weight gradient as a convolution of transposed tensors, of the
 image's size, and cuts from it the few numbers that are wanted. And oneDNN's kernels are up to six times as fast where channels
@@ -17,7 +17,7 @@ from torch import fx
 from dhf.curvature.traced.cutting import Map
 from dhf.curvature.traced.recording import Node
 
-__all__ = ["channels_last", "weight_gradients"]
+__all__ = ["biases_within", "channels_last", "weight_gradients"]
 
 aten = torch.ops.aten
 _CONVOLUTION, _BACKWARD = aten.convolution.default, aten.convolution_backward.default
@@ -58,6 +58,49 @@ def _cut_from(node: Node, dim: int) -> Node:
     user: Node = next(iter(node.users), node)
     is_cut = user.target is aten.slice.Tensor and len(node.users) == 1 and len(user.args) == 4
     return user if is_cut and user.args[1] == dim and user.args[2] == 0 else node
+
+
+def biases_within(graph: fx.Graph, maps: Sequence[Map]) -> None:
+    """Add the bias of a convolution's tangent within one of the convolutions that it is added to."""
+    for node in graph.find_nodes(op="call_function", target=aten.add.Tensor):
+        if len(node.args) != 2 or node.kwargs:
+            continue
+        for total, spread in (node.args, node.args[::-1]):
+            bias = _bias_of(spread)
+            convolution = _convolution_in(total) if bias is not None else None
+            if bias is not None and convolution is not None:
+                # behind the bias, which is an input: the convolution may stand ahead of its view
+                x, weight, _, *settings = convolution.args
+                convolution.args = (x, weight, bias, *settings)
+                node.replace_all_uses_with(total)
+                break
+    graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
+
+
+def _bias_of(node: Any) -> Any:
+    """The vector that this spreads over images, or None; only one that is an input, so that it is there everywhere."""
+    if not isinstance(node, fx.Node) or node.target is not aten.expand.default or len(node.meta["shape"]) != 4:
+        return None
+    view = node.args[0]
+    if not isinstance(view, fx.Node) or view.target is not aten.view.default:
+        return None
+    bias: Node = view.args[0]
+    channels = node.meta["shape"][1]
+    is_spread = bias.meta["shape"] == (channels,) and tuple(view.meta["shape"]) == (1, channels, 1, 1)
+    return bias if bias.op == "placeholder" and is_spread else None
+
+
+def _convolution_in(node: Node) -> Any:
+    """A convolution without bias that this is, or is a sum of, and that nothing else uses."""
+    if len(node.users) != 1:
+        return None
+    if node.target is _CONVOLUTION:
+        return node if node.args[2] is None else None
+    if node.target is aten.add.Tensor and len(node.args) == 2 and not node.kwargs:
+        shapes = {a.meta["shape"] for a in node.args if isinstance(a, fx.Node)}
+        found = [_convolution_in(a) for a in node.args if isinstance(a, fx.Node)]
+        return next((c for c in found if c is not None), None) if shapes == {node.meta["shape"]} else None
+    return None
 
 
 def channels_last(graph: fx.Graph, maps: Sequence[Map]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from dhf.curvature.traced.convolutions import channels_last, weight_gradients
+from dhf.curvature.traced.convolutions import biases_within, channels_last, weight_gradients
 from dhf.curvature.traced.cutting import Cut, Map, cut
 from dhf.curvature.traced.recording import CannotRecord, Node, Recording
 from dhf.curvature.traced.rewriting import add_in_products, apply_once_to_many, join_sums
@@ -16,7 +16,7 @@ from dhf.curvature.traced.rewriting import add_in_products, apply_once_to_many, 
 __all__ = ["Built", "Program"]
 
 Function = Callable[..., Sequence[Tensor]]
-PASSES = [join_sums, apply_once_to_many, add_in_products, weight_gradients, channels_last]
+PASSES = [join_sums, apply_once_to_many, add_in_products, weight_gradients, biases_within, channels_last]
 _LONGEST = 4000  # operations in a map; a compiler takes minutes for more
 
 
