@@ -23,7 +23,7 @@ from torch import Tensor
 
 from dhf.curvature.gauss_newton import GaussNewtonGraph
 from dhf.curvature.hessian import HessianGraph
-from dhf.curvature.traced.graphs import TracedGaussNewton, TracedHessian
+from dhf.curvature.traced.graphs import TracedGaussNewton, TracedHessian, same_products
 from dhf.curvature.traced.recording import CannotRecord
 from dhf.errors import UsageError
 from dhf.evaluation import moving_buffers
@@ -76,17 +76,29 @@ class _Recorded:
             program = known[key]
             if program is not None:
                 graph = program.build(objective, parameters, batch, data)
-                if graph.agrees(objective, batch):
+                if graph.agrees(objective, batch) and self._is_confirmed(program, graph, objective, parameters, batch):
                     return graph
                 known[key] = None
                 raise CannotRecord(
-                    "gives other outputs than its recording: it depends on more than parameters, buffers and batch"
+                    "gives other numbers than its recording: it depends on more than parameters, buffers and batch"
                 )
         except CannotRecord as refusal:
             graph = self._kind(objective, parameters, batch)  # first, for what is wrong with the objective itself
             self._tell(f"products are retained, not {self._products}, since the objective {refusal}")
             return graph
         return self._kind(objective, parameters, batch)
+
+    def _is_confirmed(
+        self, program: Program, graph: Any, objective: Objective, parameters: Parameters, batch: Any
+    ) -> bool:
+        """Whether a recording has the objective's products at other parameters, too; looked at where it first meets them.
+
+        What the objective computes past torch, in numpy say, is a constant in a recording.
+        """
+        if program.confirmed or program.versions == [p._version for p in parameters.tensors]:
+            return True
+        program.confirmed = same_products(graph, self._kind(objective, parameters, batch), parameters)
+        return program.confirmed
 
     def _program(
         self, objective: Objective, parameters: Parameters, batch: Any, data: Sequence[Tensor]

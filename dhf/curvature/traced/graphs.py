@@ -18,11 +18,15 @@ from dhf.curvature.traced.recording import CannotRecord, Recording, record
 from dhf.objective import Objective
 from dhf.parameters import Parameters
 
-__all__ = ["TracedGaussNewton", "TracedHessian", "outputs_of"]
+__all__ = ["TracedGaussNewton", "TracedHessian", "same_products"]
 
 
 class TracedHessian:
     """``(θ, batch) -> loss, ∇f`` and ``v -> H v``, recorded and run once for comparison.
+
+    Attributes:
+        versions: Of the parameters, when it was recorded.
+        confirmed: Whether it has been compared at others.
 
     Raises:
         CannotRecord: If the objective does what cannot be replayed, or the replay gives other numbers.
@@ -31,6 +35,7 @@ class TracedHessian:
     def __init__(
         self, objective: Objective, parameters: Parameters, batch: Any, data: Sequence[Tensor], *, compiled: bool
     ) -> None:
+        self.confirmed, self.versions = False, [p._version for p in parameters.tensors]
         v = _random_like(parameters.tensors)
         first: list[Tensor] = []
 
@@ -61,7 +66,7 @@ class _HessianReplay:
 
     def agrees(self, objective: Objective, batch: Any) -> bool:
         """Whether the objective itself has the same loss; checks the batch."""
-        z = outputs_of(objective, batch)
+        z = _outputs_of(objective, batch)
         objective.check(z, batch)
         loss = objective.loss(z, batch)
         self.rows, self.width = rows_and_width(z)
@@ -78,7 +83,7 @@ class _HessianReplay:
 class TracedGaussNewton:
     """``(θ, batch) -> z`` and ``v -> J v``, ``u -> Jᵀu``, recorded and run once for comparison.
 
-    The loss of the outputs, its slope and its Hessian are not recorded.
+    The loss of the outputs, its slope and its Hessian are not recorded. Attributes as those of TracedHessian.
 
     Raises:
         CannotRecord: If the objective does what cannot be replayed, or the replay gives other numbers.
@@ -87,6 +92,7 @@ class TracedGaussNewton:
     def __init__(
         self, objective: Objective, parameters: Parameters, batch: Any, data: Sequence[Tensor], *, compiled: bool
     ) -> None:
+        self.confirmed, self.versions = False, [p._version for p in parameters.tensors]
         v = _random_like(parameters.tensors)
         u: list[Tensor] = []
         first: list[Tensor] = []
@@ -127,7 +133,7 @@ class _GaussNewtonReplay:
 
     def agrees(self, objective: Objective, batch: Any) -> bool:
         """Whether the objective itself has the same outputs."""
-        return _close(self.outputs, outputs_of(objective, batch))
+        return _close(self.outputs, _outputs_of(objective, batch))
 
     def begin(self, first_row: int) -> None:
         """The Gauss-Newton matrix does not depend on where the micro-batch stands among all data."""
@@ -145,7 +151,13 @@ class _GaussNewtonReplay:
         return self._program.apply(1, self._built, [u])
 
 
-def outputs_of(objective: Objective, batch: Any) -> Tensor:
+def same_products(graph: Any, other: Any, parameters: Parameters) -> bool:
+    """Whether two graphs of one micro-batch multiply alike."""
+    v = _random_like(parameters.tensors)
+    return all(map(_close, graph.product(v), other.product(v)))
+
+
+def _outputs_of(objective: Objective, batch: Any) -> Tensor:
     """The outputs as the objective itself finds them."""
     with torch.enable_grad():  # they may hold a torch.autograd.grad of their own
         return objective.outputs(batch).detach()
