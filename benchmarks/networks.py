@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable
 from typing import NamedTuple
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from dhf.problems.autoencoder import sparse_initialisation
 
-__all__ = ["Case", "autoencoder", "cases"]
+__all__ = ["Case", "Laplacian", "TanhCell", "autoencoder", "cases", "recurrent_cases"]
 
 
 class Case(NamedTuple):
@@ -21,6 +22,11 @@ class Case(NamedTuple):
     inputs: Tensor
     targets: Tensor
     loss: nn.Module
+
+    def to(self, dtype: torch.dtype) -> Case:
+        """The same numbers in another floating-point format, on a copy of the module."""
+        inputs, targets = (t.to(dtype) if t.is_floating_point() else t for t in (self.inputs, self.targets))
+        return Case(copy.deepcopy(self.module).to(dtype), inputs, targets, self.loss)
 
 
 def autoencoder(widths: tuple[int, ...], batch: int) -> Case:
@@ -64,7 +70,7 @@ def transformer() -> Case:
     return Case(_LastToken(), torch.randn(32, 64, 128), torch.randint(0, 50, (32,)), nn.CrossEntropyLoss())
 
 
-class _Laplacian(nn.Module):
+class Laplacian(nn.Module):
     """Residual of Poisson's equation, its second derivatives taken by autograd."""
 
     def __init__(self) -> None:
@@ -80,7 +86,46 @@ class _Laplacian(nn.Module):
 
 def pinn() -> Case:
     """A physics-informed tanh network at 1,024 points."""
-    return Case(_Laplacian(), torch.rand(1024, 2), torch.zeros(1024, 1), nn.MSELoss())
+    return Case(Laplacian(), torch.rand(1024, 2), torch.zeros(1024, 1), nn.MSELoss())
+
+
+_STEPS, _FEATURES, _HIDDEN = 100, 32, 128
+
+
+class _LastStep(nn.Module):
+    """A recurrent layer, and a linear one on its last step."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer, self.head = layer, nn.Linear(_HIDDEN, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layer(x)[0][:, -1])
+
+
+class TanhCell(nn.Module):
+    """nn.RNN written as a loop over steps, which autograd sees one by one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inward, self.across = nn.Linear(_FEATURES, _HIDDEN), nn.Linear(_HIDDEN, _HIDDEN, bias=False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor]:
+        states = [x.new_zeros(x.shape[0], _HIDDEN)]
+        for inward in self.inward(x).unbind(1):
+            states.append(torch.tanh(inward + self.across(states[-1])))
+        return (torch.stack(states[1:], 1),)
+
+
+def recurrent(layer: nn.Module) -> Case:
+    """A recurrent layer over 32 sequences of 100 steps; its recurrent weights orthogonal, or little would reach the first."""
+    for name, parameter in layer.named_parameters():
+        if "hh" in name or "across" in name:
+            for gate in parameter.data.split(_HIDDEN):
+                if gate.dim() == 2:
+                    nn.init.orthogonal_(gate)
+    inputs, targets = torch.randn(32, _STEPS, _FEATURES), torch.randint(0, 10, (32,))
+    return Case(_LastStep(layer), inputs, targets, nn.CrossEntropyLoss())
 
 
 def cases() -> dict[str, Callable[[], Case]]:
@@ -90,4 +135,13 @@ def cases() -> dict[str, Callable[[], Case]]:
         "CNN": convolutional,
         "transformer": transformer,
         "PINN": pinn,
+    }
+
+
+def recurrent_cases() -> dict[str, Callable[[], Case]]:
+    """Networks over many steps by name."""
+    return {
+        "RNN": lambda: recurrent(nn.RNN(_FEATURES, _HIDDEN, batch_first=True)),
+        "GRU": lambda: recurrent(nn.GRU(_FEATURES, _HIDDEN, batch_first=True)),
+        "handwritten RNN": lambda: recurrent(TanhCell()),
     }
