@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import platform
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["environment", "interleave", "parser", "ratio", "save"]
+__all__ = ["allocated", "environment", "interleave", "parser", "ratio", "save"]
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -48,6 +49,34 @@ def interleave(
 def ratio(seconds: Mapping[str, list[float]], above: str, below: str) -> float:
     """The median over rounds of ``above / below``, pair by pair."""
     return statistics.median(a / b for a, b in zip(seconds[above], seconds[below], strict=True))
+
+
+def allocated(build: Callable[[], Any], use: Callable[[Any], Any]) -> tuple[int, int]:
+    """Bytes on the CPU that what ``build`` returns holds, and those in use at the peak of ``use`` on it, above what was before.
+
+    Counted in torch's own allocations, so that the numbers repeat; scratch memory of kernel libraries is not seen.
+    """
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    gc.collect()
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        built = build()
+        gc.collect()
+        with torch.profiler.record_function(_BUILT):
+            pass
+        result = use(built)
+        del result
+    events = profile.profiler.kineto_results.events()
+    border = next(e.start_ns() for e in events if e.name() == _BUILT)
+    now = held = peak = 0
+    for when, size in sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"):
+        now += size
+        if when < border:
+            held = peak = now
+        peak = max(peak, now)
+    return held, peak
+
+
+_BUILT = "built"
 
 
 def environment(device: torch.device) -> dict[str, Any]:

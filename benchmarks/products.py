@@ -1,0 +1,298 @@
+"""What a curvature product costs, by dhf and by what else offers one: time, build, memory, error, and what compiling repays.
+
+    python benchmarks/products.py [--cases "deep autoencoder,PINN"] [--dtype float32] [--contenders NAMES] [--quick]
+    python benchmarks/products.py --report        # writes page and picture again, from the numbers on disk
+
+All contenders of a network are timed in turn in one process on one core, on one batch, each with vectors in its own form and
+the whole of its per-call work. g is one gradient (forward and backward) in the same turn. Before that each must agree, on two
+vectors, with a float64 product by double backward. Attention uses the MATH kernel, which alone has second derivatives.
+
+What compiling costs is taken in processes of its own, with an empty cache and with a full one.
+
+The numbers of a network and dtype replace those on disk; all others are kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import importlib.metadata
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from measure import RESULTS, allocated, environment, interleave
+from networks import Case, autoencoder, cases, recurrent_cases
+from product import GAUSS_NEWTON, HESSIAN, Product, Unavailable
+from product_jax import jax_linearize
+from product_peers import backpack, curvlinops, pyhessian, torchmin
+from product_torch import compiled, functional, kept_vjp, naive, retained
+from products_report import write_report
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+MATRICES = (HESSIAN, GAUSS_NEWTON)
+CONTENDERS: dict[str, Callable[[Case, str], Product]] = {
+    "rebuilt": naive,
+    "dhf retained": retained,
+    "dhf compiled": compiled,
+    "curvlinops": curvlinops,
+    "BackPACK": backpack,
+    "PyHessian": pyhessian,
+    "pytorch-minimize": torchmin,
+    "torch.func": functional,
+    "torch.func, vjp kept": kept_vjp,
+    "JAX": jax_linearize,
+}
+PACKAGES = ("torch", "curvlinops-for-pytorch", "backpack-for-pytorch", "pyhessian", "pytorch-minimize", "jax")
+# largest relative error, in the maximum norm, of a contender that computes the same matrix
+TOLERANCES = {"float64": 1e-8, "float32": 1e-3}
+NETWORKS = cases() | recurrent_cases()
+SMALL = {"tiny autoencoder": lambda: autoencoder((12, 8, 4, 8, 12), 16)}
+
+
+def subject(name: str, dtype: str) -> tuple[Case, list[Tensor], dict[str, list[Tensor]]]:
+    """A network at its point, two vectors, and the products with them in float64."""
+    torch.manual_seed(0)
+    case = (NETWORKS | SMALL)[name]()
+    vectors = [torch.randn(sum(p.numel() for p in case.module.parameters())) for _ in range(2)]
+    exact = case.to(torch.float64)
+    references = {}
+    for matrix in MATRICES:
+        product = naive(exact, matrix)
+        references[matrix] = [product.flatten(product.multiply(product.prepare(v.double()))) for v in vectors]
+    kind = getattr(torch, dtype)
+    return case.to(kind), [v.to(kind) for v in vectors], references
+
+
+def measure(name: str, dtype: str, contenders: list[str], rounds: int) -> dict[str, Any]:
+    """All numbers of one network in one dtype."""
+    case, vectors, references = subject(name, dtype)
+    found: dict[str, dict[str, Any]] = {contender: {} for contender in contenders}
+    ready: dict[str, tuple[Callable[[], Product], Product, Any]] = {}
+    for contender in contenders:
+        for matrix in MATRICES:
+            own = case.to(getattr(torch, dtype))  # its own module: what a contender does to it concerns no other
+            build = lambda make=CONTENDERS[contender], own=own, matrix=matrix: make(own, matrix)  # noqa: E731
+            entry = found[contender][matrix] = {}
+            product = _check(build, vectors, references[matrix], TOLERANCES[dtype], entry)
+            if product is not None:
+                ready[f"{contender}/{matrix}"] = build, product, product.prepare(vectors[0])
+    tensors = list(case.module.parameters())
+
+    def gradient() -> Any:
+        return torch.autograd.grad(case.loss(case.module(case.inputs), case.targets), tensors, materialize_grads=True)
+
+    device = torch.device("cpu")
+    times = interleave(
+        {"g": gradient, **{key: lambda p=product, v=v: p.multiply(v) for key, (_, product, v) in ready.items()}},
+        rounds=rounds,
+        device=device,
+    )
+    for _, product, _ in ready.values():
+        product.close()
+    building = {key: build for key, (build, _, _) in ready.items()}
+    ready.clear()
+    gc.collect()
+    builds = interleave(
+        {"g": gradient, **{key: lambda build=build: build().close() for key, build in building.items()}},
+        rounds=max(2, rounds // 3),
+        device=device,
+    )
+    for key, build in building.items():
+        contender, matrix = key.split("/")
+        entry = found[contender][matrix]
+        entry["held"], entry["peak"] = _memory(build, vectors[0])
+        entry["seconds"], entry["build_seconds"] = times[key], builds[key]
+    return {
+        "environment": environment(device),
+        "parameters": sum(p.numel() for p in tensors),
+        "gradient_seconds": times["g"],
+        "gradient_seconds_among_builds": builds["g"],
+        "contenders": found,
+    }
+
+
+def _check(
+    build: Callable[[], Product],
+    vectors: list[Tensor],
+    references: list[Tensor],
+    tolerance: float,
+    entry: dict[str, Any],
+) -> Product | None:
+    """The product if it agrees with the references; otherwise notes why not."""
+    try:
+        began = time.perf_counter()
+        product = build()
+        product.multiply(product.prepare(vectors[0]))
+        entry["first_seconds"] = time.perf_counter() - began  # with whatever is done once per process
+        results = [product.flatten(product.multiply(product.prepare(v))).double() for v in vectors]
+    except Unavailable as reason:
+        entry["unavailable"] = str(reason)
+        return None
+    except Exception as error:  # whatever another package raises on a network it was not written for
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        entry["failed"] = f"{type(error).__name__}: {lines[0] if lines else ''}"
+        return None
+    errors = [float((got - ref).abs().max() / ref.abs().max()) for got, ref in zip(results, references, strict=True)]
+    entry["error"] = max(errors)
+    if not entry["error"] <= tolerance:
+        entry["wrong"] = True
+        product.close()
+        return None
+    return product
+
+
+def _memory(build: Callable[[], Product], v: Tensor) -> tuple[int, int]:
+    product: list[Product] = []
+
+    def built() -> Product:
+        product.append(build())
+        return product[0]
+
+    held, peak = allocated(built, lambda product: product.multiply(product.prepare(v)))
+    if product[0].memory is not None:
+        held, peak = product[0].memory()
+    product[0].close()
+    return held, peak
+
+
+def compile_seconds(name: str, dtype: str, matrix: str) -> dict[str, Any] | None:
+    """Seconds that compiling adds to a first build and product, with an empty cache and with a full one; None if it cannot."""
+    seconds = {}
+    with tempfile.TemporaryDirectory() as cache:
+        for state in ("cold", "warm"):
+            command = [sys.executable, __file__, "--compile-once", name, dtype, matrix]
+            done = subprocess.run(
+                command,
+                capture_output=True,
+                text=True,
+                env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache},
+                check=False,
+            )
+            if done.returncode:
+                return None
+            first, second = json.loads(done.stdout.splitlines()[-1])
+            seconds[state] = first - second
+    return seconds
+
+
+def compile_once(name: str, dtype: str, matrix: str) -> list[float]:
+    """Seconds of a first build and product in this process, and of a second."""
+    case, (v, _), _ = subject(name, dtype)
+    seconds = []
+    for _ in range(2):
+        began = time.perf_counter()
+        product = compiled(case, matrix)
+        product.multiply(v)
+        seconds.append(time.perf_counter() - began)
+        product.close()
+    return seconds
+
+
+@contextlib.contextmanager
+def on_one_core() -> Iterator[None]:
+    """Everything that this process starts inside runs on one core, also threads of libraries that take no orders."""
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {max(cores)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
+
+
+def store(path: Path, name: str, dtype: str, entry: dict[str, Any]) -> None:
+    """Put the numbers of one network and dtype into the file, and leave the rest as it is."""
+    payload = json.loads(path.read_text()) if path.exists() else {"subjects": {}}
+    payload["subjects"].setdefault(name, {})[dtype] = entry
+    payload["subjects"] = {key: payload["subjects"][key] for key in NETWORKS | SMALL if key in payload["subjects"]}
+    text = json.dumps(payload, indent=1)
+    text = re.sub(r"\[([^\[\]{}]*)\]", lambda numbers: f"[{' '.join(numbers[1].split())}]", text)  # a list on one line
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text + "\n")
+
+
+def versions() -> dict[str, str | None]:
+    """Of every package that competes; None where it is not installed."""
+    found: dict[str, str | None] = {}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def main() -> None:
+    """Measure what is asked for, and write the page."""
+    arguments = _arguments()
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", message=r"Using backward\(\) with create_graph")  # which is PyHessian's way
+    with sdpa_kernel(SDPBackend.MATH):
+        if arguments.compile_once:
+            print(json.dumps(compile_once(*arguments.compile_once)))
+            return
+        for name in () if arguments.report else arguments.cases:
+            for dtype in arguments.dtype:
+                began = time.perf_counter()
+                with on_one_core():
+                    entry = measure(name, dtype, arguments.contenders, 3 if arguments.quick else arguments.rounds)
+                ran = entry["contenders"].get("dhf compiled", {})
+                entry["compile_seconds"] = {
+                    matrix: compile_seconds(name, dtype, matrix)
+                    for matrix in MATRICES
+                    if "seconds" in ran.get(matrix, {}) and not arguments.quick
+                }
+                entry["versions"] = versions()
+                store(arguments.output, name, dtype, entry)
+                print(f"{name}, {dtype}: {time.perf_counter() - began:.0f} s", flush=True)
+    for path in write_report(arguments.output):
+        print(f"written {path}")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def names(known: Any) -> Callable[[str], list[str]]:
+        def parse(text: str) -> list[str]:
+            unknown = set(text.split(",")) - set(known)
+            if unknown:
+                raise argparse.ArgumentTypeError(
+                    f"{', '.join(sorted(unknown))} unknown; choose from {', '.join(known)}"
+                )
+            return text.split(",")
+
+        return parse
+
+    parser.add_argument(
+        "--cases", type=names(NETWORKS | SMALL), default=list(NETWORKS), help=f"of {', '.join(NETWORKS)}"
+    )
+    parser.add_argument(
+        "--dtype", type=names(TOLERANCES), default=list(TOLERANCES)[::-1], help="default float32,float64"
+    )
+    parser.add_argument(
+        "--contenders", type=names(CONTENDERS), default=list(CONTENDERS), help=f"of {', '.join(CONTENDERS)}"
+    )
+    parser.add_argument("--rounds", type=int, default=15, help="counted rounds (default 15)")
+    parser.add_argument("--quick", action="store_true", help="three rounds, and compile times are not taken")
+    parser.add_argument("--output", type=Path, default=RESULTS / "products-cpu.json", help="JSON file, kept up to date")
+    parser.add_argument("--report", action="store_true", help="run nothing; write page and picture from the JSON file")
+    parser.add_argument("--compile-once", nargs=3, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
