@@ -21,18 +21,18 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def interleave(
-    alternatives: Mapping[str, Callable[[], Any]],
+    alternatives: Mapping[Any, Callable[[], Any]],
     *,
     rounds: int,
     device: torch.device,
     prepare: Callable[[], Any] | None = None,
-) -> dict[str, list[float]]:
+) -> dict[Any, list[float]]:
     """Seconds per call of each alternative, taken in turn, ``rounds`` times after one uncounted round.
 
     The order turns by one each round, so that no alternative always follows the same one.
     """
     names = list(alternatives)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
+    seconds: dict[Any, list[float]] = {name: [] for name in names}
     for turn in range(rounds + 1):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             if prepare is not None:

@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
+import functools
 import gc
 import importlib.metadata
 import json
@@ -75,52 +77,57 @@ def subject(name: str, dtype: str) -> tuple[Case, list[Tensor], dict[str, list[T
     return case.to(kind), [v.to(kind) for v in vectors], references
 
 
+@dataclasses.dataclass(frozen=True)
+class Entrant:
+    """A contender that computes the right matrix: its build, one that is ready, and the vector in its own form."""
+
+    build: Callable[[], Product]
+    product: Product
+    v: Any
+
+
 def measure(name: str, dtype: str, contenders: list[str], rounds: int) -> dict[str, Any]:
     """All numbers of one network in one dtype."""
     case, vectors, references = subject(name, dtype)
-    found: dict[str, dict[str, Any]] = {contender: {} for contender in contenders}
-    ready: dict[str, tuple[Callable[[], Product], Product, Any]] = {}
-    for contender in contenders:
+    device, tensors = torch.device("cpu"), list(case.module.parameters())
+    found: dict[str, dict[str, dict[str, Any]]] = {who: {m: {} for m in MATRICES} for who in contenders}
+    entrants: dict[tuple[str, str], Entrant] = {}
+    for who in contenders:
         for matrix in MATRICES:
             own = case.to(getattr(torch, dtype))  # its own module: what a contender does to it concerns no other
-            build = lambda make=CONTENDERS[contender], own=own, matrix=matrix: make(own, matrix)  # noqa: E731
-            entry = found[contender][matrix] = {}
-            product = _check(build, vectors, references[matrix], TOLERANCES[dtype], entry)
+            build = functools.partial(CONTENDERS[who], own, matrix)
+            product = _check(build, vectors, references[matrix], TOLERANCES[dtype], found[who][matrix])
             if product is not None:
-                ready[f"{contender}/{matrix}"] = build, product, product.prepare(vectors[0])
-    tensors = list(case.module.parameters())
+                entrants[who, matrix] = Entrant(build, product, product.prepare(vectors[0]))
 
     def gradient() -> Any:
         return torch.autograd.grad(case.loss(case.module(case.inputs), case.targets), tensors, materialize_grads=True)
 
-    device = torch.device("cpu")
-    times = interleave(
-        {"g": gradient, **{key: lambda p=product, v=v: p.multiply(v) for key, (_, product, v) in ready.items()}},
-        rounds=rounds,
-        device=device,
-    )
-    for _, product, _ in ready.values():
-        product.close()
-    building = {key: build for key, (build, _, _) in ready.items()}
-    ready.clear()
+    products = {key: functools.partial(e.product.multiply, e.v) for key, e in entrants.items()}
+    times = interleave({"g": gradient, **products}, rounds=rounds, device=device)
+    for entrant in entrants.values():
+        entrant.product.close()
+    builds = {key: functools.partial(_build_and_free, e.build) for key, e in entrants.items()}
+    products.clear()
+    entrants.clear()
     gc.collect()
-    builds = interleave(
-        {"g": gradient, **{key: lambda build=build: build().close() for key, build in building.items()}},
-        rounds=max(2, rounds // 3),
-        device=device,
-    )
-    for key, build in building.items():
-        contender, matrix = key.split("/")
-        entry = found[contender][matrix]
-        entry["held"], entry["peak"] = _memory(build, vectors[0])
-        entry["seconds"], entry["build_seconds"] = times[key], builds[key]
+    build_times = interleave({"g": gradient, **builds}, rounds=max(2, rounds // 3), device=device)
+    for (who, matrix), build in builds.items():
+        entry = found[who][matrix]
+        entry["seconds"], entry["build_seconds"] = times[who, matrix], build_times[who, matrix]
+        entry["held"], entry["peak"] = _memory(build.args[0], vectors[0])
     return {
         "environment": environment(device),
+        "versions": versions(),
         "parameters": sum(p.numel() for p in tensors),
         "gradient_seconds": times["g"],
-        "gradient_seconds_among_builds": builds["g"],
+        "gradient_seconds_among_builds": build_times["g"],
         "contenders": found,
     }
+
+
+def _build_and_free(build: Callable[[], Product]) -> None:
+    build().close()
 
 
 def _check(
@@ -256,7 +263,6 @@ def main() -> None:
                     for matrix in MATRICES
                     if "seconds" in ran.get(matrix, {}) and not arguments.quick
                 }
-                entry["versions"] = versions()
                 store(arguments.output, name, dtype, entry)
                 print(f"{name}, {dtype}: {time.perf_counter() - began:.0f} s", flush=True)
     for path in write_report(arguments.output):

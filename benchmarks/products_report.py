@@ -82,8 +82,8 @@ def _cost(entry: dict[str, Any], contender: str, matrix: str) -> float | None:
     return statistics.median(_ratios(seconds, entry["gradient_seconds"])) if seconds else None
 
 
-def _ratios(seconds: list[float], gradient: list[float]) -> list[float]:
-    return [s / g for s, g in zip(seconds, gradient, strict=True)]
+def _ratios(above: list[float], below: list[float]) -> list[float]:
+    return [a / b for a, b in zip(above, below, strict=True)]
 
 
 def _summary(measured: dict[str, dict[str, Any]]) -> list[str]:
@@ -102,7 +102,7 @@ def _summary(measured: dict[str, dict[str, Any]]) -> list[str]:
         for matrix in _MATRICES:
             peer, least = _fastest_peer(entry, matrix)
             other = f"{_number(least)} ({peer})" if peer else "none"
-            ahead = [_ahead(least, _cost(entry, who, matrix)) for who in (_RETAINED, _COMPILED)]
+            ahead = [_ahead(entry, peer, ours, matrix) for ours in (_RETAINED, _COMPILED)]
             lines.append(
                 f"| {name} | {matrix} | {other} | {' | '.join(ahead)} | {_number(_cost(entry, 'JAX', matrix))} |"
             )
@@ -118,11 +118,13 @@ def _fastest_peer(entry: dict[str, Any], matrix: str) -> tuple[str | None, float
     return best, known[best]
 
 
-def _ahead(theirs: float | None, ours: float | None) -> str:
-    if theirs is None or ours is None:
+def _ahead(entry: dict[str, Any], peer: str | None, ours: str, matrix: str) -> str:
+    """The median over rounds of the peer's time over ours, pair by pair."""
+    if peer is None or _cost(entry, ours, matrix) is None:
         return "–"
-    factor = f"{theirs / ours:.2f}"
-    return f"**{factor}**" if theirs < ours else factor
+    theirs, own = (entry["contenders"][who][matrix]["seconds"] for who in (peer, ours))
+    factor = statistics.median(_ratios(theirs, own))
+    return f"**{factor:.2f}**" if factor < 1 else f"{factor:.2f}"
 
 
 def _break_even(measured: dict[str, dict[str, Any]]) -> list[str]:
