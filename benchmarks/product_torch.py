@@ -53,6 +53,8 @@ def compiled(case: Case, matrix: str) -> Product:
     try:
         return _dhf(case, matrix, products="compiled")
     except TypeError as error:
+        if "'products'" not in str(error):
+            raise
         raise Unavailable("this version of dhf has no compiled products") from error
     except dhf.UsageError as error:
         raise Unavailable(str(error)) from error
