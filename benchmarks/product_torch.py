@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +17,7 @@ from torch.func import jvp, vjp
 
 import dhf
 
-__all__ = ["compiled", "functional", "kept_vjp", "naive", "retained", "with_functional_derivatives"]
+__all__ = ["compiled", "functional", "kept_vjp", "naive", "retained", "traced", "with_functional_derivatives"]
 
 
 def naive(case: Case, matrix: str) -> Product:
@@ -48,25 +50,36 @@ def retained(case: Case, matrix: str) -> Product:
     return _dhf(case, matrix)
 
 
+def traced(case: Case, matrix: str) -> Product:
+    """dhf with ``products="traced"``: recorded operations, replayed."""
+    return _dhf(case, matrix, products="traced")
+
+
 def compiled(case: Case, matrix: str) -> Product:
-    """dhf with ``products="compiled"``."""
-    try:
-        return _dhf(case, matrix, products="compiled")
-    except TypeError as error:
-        if "'products'" not in str(error):
-            raise
-        raise Unavailable("this version of dhf has no compiled products") from error
-    except dhf.UsageError as error:
-        raise Unavailable(str(error)) from error
+    """dhf with ``products="compiled"``: recorded operations, compiled."""
+    return _dhf(case, matrix, products="compiled")
 
 
 def _dhf(case: Case, matrix: str, **options: Any) -> Product:
     make = dhf.Hessian if matrix == HESSIAN else dhf.GaussNewton
-    operator = make(dhf.Objective(case.module, case.loss), [(case.inputs, case.targets)], **options)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        operator = make(_objective(case.module, case.loss), [(case.inputs, case.targets)], **options)
     operator.__enter__()
+    for warning in said:
+        if "products are retained" in str(warning.message):
+            operator.__exit__(None, None, None)
+            raise Unavailable(str(warning.message))
     return Product(
         lambda v: operator.apply(v)[0], flatten=torch.clone, close=lambda: operator.__exit__(None, None, None)
     )
+
+
+@functools.lru_cache(
+    maxsize=8
+)  # recordings belong to an objective: a second build uses the first one's, as the next step does
+def _objective(module: nn.Module, loss: nn.Module) -> dhf.Objective:
+    return dhf.Objective(module, loss)
 
 
 def functional(case: Case, matrix: str) -> Product:

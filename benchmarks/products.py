@@ -38,7 +38,7 @@ from networks import Case, autoencoder, cases, recurrent_cases
 from product import GAUSS_NEWTON, HESSIAN, Product, Unavailable
 from product_jax import jax_linearize
 from product_peers import backpack, curvlinops, pyhessian, torchmin
-from product_torch import compiled, functional, kept_vjp, naive, retained
+from product_torch import compiled, functional, kept_vjp, naive, retained, traced
 from products_report import write_report
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -47,6 +47,7 @@ MATRICES = (HESSIAN, GAUSS_NEWTON)
 CONTENDERS: dict[str, Callable[[Case, str], Product]] = {
     "rebuilt": naive,
     "dhf retained": retained,
+    "dhf traced": traced,
     "dhf compiled": compiled,
     "curvlinops": curvlinops,
     "BackPACK": backpack,
@@ -261,7 +262,7 @@ def main() -> None:
                 entry["compile_seconds"] = {
                     matrix: compile_seconds(name, dtype, matrix)
                     for matrix in MATRICES
-                    if "seconds" in ran.get(matrix, {}) and not arguments.quick
+                    if "seconds" in ran.get(matrix, {}) and not (arguments.quick or arguments.no_compile_times)
                 }
                 store(arguments.output, name, dtype, entry)
                 print(f"{name}, {dtype}: {time.perf_counter() - began:.0f} s", flush=True)
@@ -294,6 +295,7 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--rounds", type=int, default=15, help="counted rounds (default 15)")
     parser.add_argument("--quick", action="store_true", help="three rounds, and compile times are not taken")
+    parser.add_argument("--no-compile-times", action="store_true", help="leave out the processes that take these")
     parser.add_argument("--output", type=Path, default=RESULTS / "products-cpu.json", help="JSON file, kept up to date")
     parser.add_argument("--report", action="store_true", help="run nothing; write page and picture from the JSON file")
     parser.add_argument("--compile-once", nargs=3, help=argparse.SUPPRESS)
