@@ -26,6 +26,7 @@ def interleave(
     rounds: int,
     device: torch.device,
     prepare: Callable[[], Any] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[Any, list[float]]:
     """Seconds per call of each alternative, taken in turn, ``rounds`` times after one uncounted round.
 
@@ -38,11 +39,11 @@ def interleave(
             if prepare is not None:
                 prepare()
             _wait(device)
-            began = time.perf_counter()
+            began = clock()
             alternatives[name]()
             _wait(device)
             if turn:
-                seconds[name].append(time.perf_counter() - began)
+                seconds[name].append(clock() - began)
     return seconds
 
 

@@ -3,8 +3,8 @@
     python benchmarks/products.py [--cases "deep autoencoder,PINN"] [--dtype float32] [--contenders NAMES] [--quick]
     python benchmarks/products.py --report        # writes page and picture again, from the numbers on disk
 
-All contenders of a network are timed in turn in one process on one core, on one batch, each with vectors in its own form and
-the whole of its per-call work. g is one gradient (forward and backward) in the same turn. Before that each must agree, on two
+All contenders of a network are timed in turn in one process on one core, in its CPU seconds, on one batch, each with vectors
+in its own form and the whole of its per-call work. g is one gradient (forward and backward) in the same turn. Before that each must agree, on two
 vectors, with a float64 product by double backward. Attention uses the MATH kernel, which alone has second derivatives.
 
 What compiling costs is taken in processes of its own, with an empty cache and with a full one.
@@ -105,14 +105,16 @@ def measure(name: str, dtype: str, contenders: list[str], rounds: int) -> dict[s
         return torch.autograd.grad(case.loss(case.module(case.inputs), case.targets), tensors, materialize_grads=True)
 
     products = {key: functools.partial(e.product.multiply, e.v) for key, e in entrants.items()}
-    times = interleave({"g": gradient, **products}, rounds=rounds, device=device)
+    # CPU seconds of all threads, which one core holds: what other processes take meanwhile is not counted
+    timed = functools.partial(interleave, device=device, clock=time.process_time)
+    times = timed({"g": gradient, **products}, rounds=rounds)
     for entrant in entrants.values():
         entrant.product.close()
     builds = {key: functools.partial(_build_and_free, e.build) for key, e in entrants.items()}
     products.clear()
     entrants.clear()
     gc.collect()
-    build_times = interleave({"g": gradient, **builds}, rounds=max(2, rounds // 3), device=device)
+    build_times = timed({"g": gradient, **builds}, rounds=max(2, rounds // 3))
     for (who, matrix), build in builds.items():
         entry = found[who][matrix]
         entry["seconds"], entry["build_seconds"] = times[who, matrix], build_times[who, matrix]

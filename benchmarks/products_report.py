@@ -34,8 +34,8 @@ _HEAD = """# What a curvature product costs
 Written from `{file}` by `python benchmarks/products.py --report`.
 
 Times are in g, one gradient (forward and backward, eager) of the same network and batch in the same turn; medians over rounds,
-with quartiles in brackets. All contenders of a network are timed in turn in one process on one core, each on one batch, with
-vectors in its own form and the whole of its per-call work. "ahead" is the time of the fastest other package for PyTorch
+with quartiles in brackets. All contenders of a network are timed in turn in one process on one core, in CPU seconds, each on one
+batch, with vectors in its own form and the whole of its per-call work. "ahead" is the time of the fastest other package for PyTorch
 (torch.func included, JAX not) over dhf's; **below 1 dhf is slower**. A build is what each new point costs once, freeing what
 is kept included. MB are those of torch's own allocations: held between products, and at the peak of the first one. The error is
 the largest of two vectors, in the maximum norm, against double backward in float64.
@@ -135,12 +135,11 @@ def _break_even(measured: dict[str, dict[str, Any]]) -> list[str]:
             own = entry["contenders"]
             if seconds is None or "seconds" not in own.get(_RETAINED, {}).get(matrix, {}):
                 continue
-            kept, fast = (statistics.median(own[who][matrix]["seconds"]) for who in (_RETAINED, _COMPILED))
+            pairs = zip(own[_RETAINED][matrix]["seconds"], own[_COMPILED][matrix]["seconds"], strict=True)
+            saved = statistics.median(kept - fast for kept, fast in pairs)
             cells = [f"{seconds[state]:.1f}" for state in ("cold", "warm")]
-            cells += [
-                f"{seconds[state] / (kept - fast):,.0f}" if kept > fast else "never" for state in ("cold", "warm")
-            ]
-            lines.append(f"| {name} | {matrix} | {1e3 * (kept - fast):.2f} | {' | '.join(cells)} |")
+            cells += [f"{seconds[state] / saved:,.0f}" if saved > 0 else "never" for state in ("cold", "warm")]
+            lines.append(f"| {name} | {matrix} | {1e3 * saved:.2f} | {' | '.join(cells)} |")
     if not lines:
         return []
     heads = [
