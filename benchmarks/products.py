@@ -4,8 +4,9 @@
     python benchmarks/products.py --report        # writes page and picture again, from the numbers on disk
 
 All contenders of a network are timed in turn in one process on one core, in its CPU seconds, on one batch, each with vectors
-in its own form and the whole of its per-call work. g is one gradient (forward and backward) in the same turn. Before that each must agree, on two
-vectors, with a float64 product by double backward. Attention uses the MATH kernel, which alone has second derivatives.
+in its own form and the whole of its per-call work. g is one gradient (forward and backward) in the same turn. Before that each
+must agree, on two vectors, with a float64 product by double backward. Attention uses the MATH kernel, which alone has second
+derivatives.
 
 What compiling costs is taken in processes of its own, with an empty cache and with a full one.
 

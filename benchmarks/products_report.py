@@ -34,11 +34,11 @@ _HEAD = """# What a curvature product costs
 Written from `{file}` by `python benchmarks/products.py --report`.
 
 Times are in g, one gradient (forward and backward, eager) of the same network and batch in the same turn; medians over rounds,
-with quartiles in brackets. All contenders of a network are timed in turn in one process on one core, in CPU seconds, each on one
-batch, with vectors in its own form and the whole of its per-call work. "ahead" is the time of the fastest other package for PyTorch
-(torch.func included, JAX not) over dhf's; **below 1 dhf is slower**. A build is what each new point costs once, freeing what
-is kept included. MB are those of torch's own allocations: held between products, and at the peak of the first one. The error is
-the largest of two vectors, in the maximum norm, against double backward in float64.
+with quartiles in brackets. All contenders of a network are timed in turn in one process on one core, in its CPU seconds, each on
+one batch, with vectors in its own form and the whole of its per-call work. "ahead by" is the time of the fastest other package
+for PyTorch (torch.func included, JAX not) over dhf's, round by round: **below 1 dhf is slower**. A build is what each new point
+costs once, freeing what is kept included. MB are those of torch's own allocations: held between products, and at the peak of the
+first one. The error is the largest of two vectors, in the maximum norm, against double backward in float64.
 
 - **rebuilt**: double backward as one writes it first, the graph built and thrown away each time.
 - **dhf retained**, **traced**, **compiled**: `dhf.Hessian` and `dhf.GaussNewton`, as solvers call them, by what is given as
