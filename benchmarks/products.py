@@ -24,6 +24,7 @@ import importlib.metadata
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -44,12 +45,13 @@ from products_report import write_report
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+_COMPILED = "dhf compiled"
 MATRICES = (HESSIAN, GAUSS_NEWTON)
 CONTENDERS: dict[str, Callable[[Case, str], Product]] = {
     "rebuilt": naive,
     "dhf retained": retained,
     "dhf traced": traced,
-    "dhf compiled": compiled,
+    _COMPILED: compiled,
     "curvlinops": curvlinops,
     "BackPACK": backpack,
     "PyHessian": pyhessian,
@@ -88,14 +90,19 @@ class Entrant:
     v: Any
 
 
-def measure(name: str, dtype: str, contenders: list[str], rounds: int) -> dict[str, Any]:
-    """All numbers of one network in one dtype."""
+def measure(
+    name: str, dtype: str, contenders: list[str], rounds: int, refused: dict[tuple[str, str], str]
+) -> dict[str, Any]:
+    """All numbers of one network in one dtype; ``refused`` says why a contender is not to be tried with a matrix."""
     case, vectors, references = subject(name, dtype)
     device, tensors = torch.device("cpu"), list(case.module.parameters())
     found: dict[str, dict[str, dict[str, Any]]] = {who: {m: {} for m in MATRICES} for who in contenders}
     entrants: dict[tuple[str, str], Entrant] = {}
     for who in contenders:
         for matrix in MATRICES:
+            if (who, matrix) in refused:
+                found[who][matrix]["unavailable"] = refused[who, matrix]
+                continue
             own = case.to(getattr(torch, dtype))  # its own module: what a contender does to it concerns no other
             build = functools.partial(CONTENDERS[who], own, matrix)
             product = _check(build, vectors, references[matrix], TOLERANCES[dtype], found[who][matrix])
@@ -178,24 +185,30 @@ def _memory(build: Callable[[], Product], v: Tensor) -> tuple[int, int]:
     return held, peak
 
 
-def compile_seconds(name: str, dtype: str, matrix: str) -> dict[str, Any] | None:
-    """Seconds that compiling adds to a first build and product, with an empty cache and with a full one; None if it cannot."""
-    seconds = {}
-    with tempfile.TemporaryDirectory() as cache:
-        for state in ("cold", "warm"):
-            command = [sys.executable, __file__, "--compile-once", name, dtype, matrix]
-            done = subprocess.run(
-                command,
-                capture_output=True,
-                text=True,
-                env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache},
-                check=False,
-            )
-            if done.returncode:
-                return None
-            first, second = json.loads(done.stdout.splitlines()[-1])
-            seconds[state] = first - second
-    return seconds
+def compile_seconds(name: str, dtype: str, matrix: str, cache: str, limit: float) -> dict[str, Any]:
+    """Seconds that compiling adds to a first build and product, with an empty cache and with a full one, or why it cannot."""
+    found: dict[str, Any] = {}
+    command = [sys.executable, __file__, "--compile-once", name, dtype, matrix]
+    for state in ("cold", "warm"):
+        started = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache},
+            start_new_session=True,  # so that its compilers end with it
+        )
+        try:
+            out, err = started.communicate(timeout=limit)
+        except subprocess.TimeoutExpired:
+            os.killpg(started.pid, signal.SIGKILL)
+            started.communicate()
+            return {"refused": f"takes more than {limit:g} s to compile"}
+        if started.returncode:
+            return {"refused": (err.strip().splitlines() or [f"exit code {started.returncode}"])[-1]}
+        first, second = json.loads(out.splitlines()[-1])
+        found[state] = first - second
+    return found
 
 
 def compile_once(name: str, dtype: str, matrix: str) -> list[float]:
@@ -256,21 +269,30 @@ def main() -> None:
         if arguments.compile_once:
             print(json.dumps(compile_once(*arguments.compile_once)))
             return
-        for name in () if arguments.report else arguments.cases:
-            for dtype in arguments.dtype:
-                began = time.perf_counter()
-                with on_one_core():
-                    entry = measure(name, dtype, arguments.contenders, 3 if arguments.quick else arguments.rounds)
-                ran = entry["contenders"].get("dhf compiled", {})
-                entry["compile_seconds"] = {
-                    matrix: compile_seconds(name, dtype, matrix)
-                    for matrix in MATRICES
-                    if "seconds" in ran.get(matrix, {}) and not (arguments.quick or arguments.no_compile_times)
-                }
-                store(arguments.output, name, dtype, entry)
-                print(f"{name}, {dtype}: {time.perf_counter() - began:.0f} s", flush=True)
+        with tempfile.TemporaryDirectory() as cache:
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = (
+                cache  # what is compiled in a process of its own is found again here
+            )
+            for name in () if arguments.report else arguments.cases:
+                for dtype in arguments.dtype:
+                    began = time.perf_counter()
+                    store(arguments.output, name, dtype, _subject_entry(name, dtype, arguments, cache))
+                    print(f"{name}, {dtype}: {time.perf_counter() - began:.0f} s", flush=True)
     for path in write_report(arguments.output):
         print(f"written {path}")
+
+
+def _subject_entry(name: str, dtype: str, arguments: argparse.Namespace, cache: str) -> dict[str, Any]:
+    """The numbers of one network and dtype, those of compiling first, so that what takes too long is left out."""
+    compiling: dict[str, dict[str, Any]] = {}
+    if _COMPILED in arguments.contenders:
+        compiling = {m: compile_seconds(name, dtype, m, cache, arguments.compile_limit) for m in MATRICES}
+    refused = {(_COMPILED, m): found["refused"] for m, found in compiling.items() if "refused" in found}
+    with on_one_core():
+        rounds = 3 if arguments.quick else arguments.rounds
+        entry = measure(name, dtype, arguments.contenders, rounds, refused)
+    entry["compile_seconds"] = {m: found for m, found in compiling.items() if "refused" not in found}
+    return entry
 
 
 def _arguments() -> argparse.Namespace:
@@ -297,8 +319,10 @@ def _arguments() -> argparse.Namespace:
         "--contenders", type=names(CONTENDERS), default=list(CONTENDERS), help=f"of {', '.join(CONTENDERS)}"
     )
     parser.add_argument("--rounds", type=int, default=15, help="counted rounds (default 15)")
-    parser.add_argument("--quick", action="store_true", help="three rounds, and compile times are not taken")
-    parser.add_argument("--no-compile-times", action="store_true", help="leave out the processes that take these")
+    parser.add_argument("--quick", action="store_true", help="three rounds")
+    parser.add_argument(
+        "--compile-limit", type=float, default=300.0, help="seconds after which a compilation is given up"
+    )
     parser.add_argument("--output", type=Path, default=RESULTS / "products-cpu.json", help="JSON file, kept up to date")
     parser.add_argument("--report", action="store_true", help="run nothing; write page and picture from the JSON file")
     parser.add_argument("--compile-once", nargs=3, help=argparse.SUPPRESS)
