@@ -28,7 +28,8 @@ class Hessian(GlobalOperator):
         comm: How ranks talk; one process by default.
         products: ``"retained"``: autograd's graph, differentiated once more for each product; ``"traced"``: its operations,
             recorded once for each shape of micro-batch and replayed; ``"compiled"``: the same, compiled; ``"auto"``: retained
-            or traced, whichever takes less time. What cannot be recorded is retained, with a warning.
+            or traced, whichever takes less time. What cannot be compiled is traced, and what cannot be recorded retained, with a
+            warning.
         **options: ``seed``, ``coordinator``, ``move_buffers``, ``debug_nonfinite`` as in :class:`GlobalOperator`.
 
     Example:

@@ -6,12 +6,13 @@
     auto        retained or traced, whichever takes less time
 
 A recording belongs to an objective and to the shapes of a micro-batch, and serves all micro-batches and steps of these shapes.
-What cannot be recorded is retained.
+What cannot be recorded is retained, and what cannot be compiled traced.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import time
 import warnings
 import weakref
@@ -24,6 +25,7 @@ from torch import Tensor
 from dhf.curvature.gauss_newton import GaussNewtonGraph
 from dhf.curvature.hessian import HessianGraph
 from dhf.curvature.traced.graphs import TracedGaussNewton, TracedHessian, same_products
+from dhf.curvature.traced.program import CannotCompile
 from dhf.curvature.traced.recording import CannotRecord
 from dhf.errors import UsageError
 from dhf.evaluation import moving_buffers
@@ -46,7 +48,7 @@ def graph_builder(kind: type, products: str, tell: Callable[[str], None] | None 
     Args:
         kind: HessianGraph or GaussNewtonGraph.
         products: One of :data:`PRODUCTS`.
-        tell: Called with a sentence where products are retained though another way was asked for; warns by default.
+        tell: Called with a sentence where products are taken in another way than asked for; warns by default.
 
     Raises:
         UsageError: If there is no such way.
@@ -108,7 +110,12 @@ class _Recorded:
         plain = copy.copy(objective)
         plain.check = lambda outputs, batch: None  # type: ignore[method-assign]  # reads values
         try:
-            program = _KINDS[self._kind](plain, parameters, batch, data, compiled=self._products == "compiled")
+            make = functools.partial(_KINDS[self._kind], plain, parameters, batch, data)
+            try:
+                program = make(compiled=self._products == "compiled")
+            except CannotCompile as reason:
+                program = make(compiled=False)
+                self._tell(f"products are traced, not compiled, since {reason}")
         except (CannotRecord, UsageError):
             raise
         except Exception as error:  # the objective's own, then it comes again, or something that cannot be recorded

@@ -10,14 +10,18 @@ from torch import Tensor, fx
 
 from dhf.curvature.traced.convolutions import biases_within, channels_last, weight_gradients
 from dhf.curvature.traced.cutting import Cut, Map, cut
-from dhf.curvature.traced.recording import CannotRecord, Node, Recording
+from dhf.curvature.traced.recording import Node, Recording
 from dhf.curvature.traced.rewriting import add_in_products, apply_once_to_many, join_sums
 
-__all__ = ["Built", "Program"]
+__all__ = ["Built", "CannotCompile", "Program"]
 
 Function = Callable[..., Sequence[Tensor]]
 PASSES = [join_sums, apply_once_to_many, add_in_products, weight_gradients, biases_within, channels_last]
-_LONGEST = 4000  # operations in a map; a compiler takes minutes for more
+_LONGEST = 1000  # operations; a compiler takes minutes for more
+
+
+class CannotCompile(Exception):
+    """A recording that is to be replayed one operation at a time; the message is a clause that says why."""
 
 
 class Built:
@@ -37,7 +41,7 @@ class Program:
         compiled: Whether by the compiler, or one operation at a time.
 
     Raises:
-        CannotRecord: If the compiler fails.
+        CannotCompile: If the compiler fails, or would take too long.
     """
 
     def __init__(self, recording: Recording, heads: Sequence[Node], maps: Sequence[Map], *, compiled: bool) -> None:
@@ -52,7 +56,7 @@ class Program:
         self._uncompiled = compiled
         for graph in (self._cut.build, *self._cut.maps):
             if compiled and len(graph.nodes) > _LONGEST:
-                raise CannotRecord(f"has {len(graph.nodes):,} operations, too many to compile")
+                raise CannotCompile(f"it has {len(graph.nodes):,} operations, too many to compile")
 
     @torch.no_grad()
     def build(self, inputs: Sequence[Tensor]) -> tuple[list[Tensor], Built]:
@@ -91,5 +95,5 @@ def _compiled(graph: fx.Graph, example: Sequence[Tensor]) -> Function:
         function: Any = _inductor.compile(fx.GraphModule({}, graph), list(example))
     except Exception as error:
         words = (str(error).splitlines() or [""])[0]
-        raise CannotRecord(f"cannot be compiled ({type(error).__name__}: {words})") from error
+        raise CannotCompile(f"the compiler fails ({type(error).__name__}: {words})") from error
     return function
