@@ -513,6 +513,18 @@ def test_what_is_too_long_to_compile_is_traced(monkeypatch: pytest.MonkeyPatch) 
         pass
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("products", ["traced", "compiled"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("model", ["mlp", "cnn", "gru", "attention"])
+def test_on_a_gpu(kind: str, model: str, products: str) -> None:
+    objective, batch = problem(model, "cross_entropy", weight_decay=0.3)
+    expected = truth(kind, objective, batch, "cross_entropy")
+    objective.module.cuda()
+    with KINDS[kind](objective, [tuple(t.cuda() for t in batch)], products=products) as A:
+        assert relative_error(dense(A).cpu(), expected) < 1e-9
+
+
 # over ranks
 
 
