@@ -431,6 +431,20 @@ def test_a_batch_in_which_tensors_cannot_be_found_is_retained() -> None:
         assert relative_error(dense(A), dense(B)) < 1e-12
 
 
+def test_shapes_beyond_a_number_are_retained() -> None:
+    objective, (x, y) = problem("mlp", "mse", samples=20)
+    for samples in range(1, 17):
+        with dhf.Hessian(objective, [(x[:samples], y[:samples])], products="traced"):
+            pass
+    with (
+        pytest.warns(UserWarning, match="more than 16 shapes"),
+        dhf.Hessian(objective, [(x, y)], products="traced") as A,
+        dhf.Hessian(objective, [(x, y)]) as B,
+    ):
+        assert torch.equal(dense(A), dense(B))
+    assert recorded(objective) == 16
+
+
 def test_an_optimizer_says_it_in_its_notes_once() -> None:
     objective = dhf.Objective(REFUSED["dropout"][0].double(), nn.MSELoss())
     optimizer = dhf.HessianFree(objective, products="traced", preset="deep-net")

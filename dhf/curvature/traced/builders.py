@@ -39,6 +39,7 @@ PRODUCTS = ("retained", "traced", "compiled", "auto")
 Program = Any  # of one of the two
 _KINDS: dict[type, Any] = {HessianGraph: TracedHessian, GaussNewtonGraph: TracedGaussNewton}
 _programs: weakref.WeakKeyDictionary[Objective, dict[Any, Program | None]] = weakref.WeakKeyDictionary()
+_MOST = 16  # recordings of an objective
 _TURNS = 5
 
 
@@ -73,6 +74,8 @@ class _Recorded:
             data = _tensors(batch)
             key = self._key(objective, parameters, data, batch)
             if key not in known:
+                if len(known) >= _MOST:
+                    raise CannotRecord(f"comes in more than {_MOST} shapes of micro-batch")
                 known[key] = None  # until there is one
                 known[key] = self._program(objective, parameters, batch, data)
             program = known[key]
