@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dhf.curvature.gauss_newton import GaussNewtonGraph
+from dhf.curvature.gauss_newton import GaussNewtonGraph, PushedGraph
 from dhf.errors import UsageError
 from dhf.objective import Objective
 from dhf.parameters import Parameters
@@ -32,13 +32,21 @@ class FisherGraph:
         batch: One micro-batch.
         samples: Labels drawn per sample.
         seed: Names the stream of random numbers.
+        graph: Of the outputs; built by default.
 
     Raises:
         UsageError: If the loss has no predictive distribution.
     """
 
     def __init__(
-        self, objective: Objective, parameters: Parameters, batch: Any, *, samples: int = 1, seed: int = 0
+        self,
+        objective: Objective,
+        parameters: Parameters,
+        batch: Any,
+        *,
+        samples: int = 1,
+        seed: int = 0,
+        graph: GaussNewtonGraph | PushedGraph | None = None,
     ) -> None:
         known = objective.known_loss()
         if known is None:
@@ -46,13 +54,26 @@ class FisherGraph:
                 "the Fisher matrix needs a loss with a predictive distribution (MSELoss, CrossEntropyLoss, BCEWithLogitsLoss "
                 "or LeastSquares), found another; use the Gauss-Newton matrix"
             )
-        self._graph = GaussNewtonGraph(objective, parameters, batch)
-        self.rows, self.loss, self.gradient = self._graph.rows, self._graph.loss, self._graph.gradient
-        self.width = self._graph.width
+        self._graph = graph or GaussNewtonGraph(objective, parameters, batch)
+        self.rows, self.width, self.gradient = self._graph.rows, self._graph.width, self._graph.gradient
         self._loss = known
         self._targets: Any = batch[1] if isinstance(batch, (tuple, list)) and len(batch) > 1 else None
         self._count = objective.count(batch)
         self._samples, self._seed = samples, seed
+
+    @property
+    def loss(self) -> Tensor:
+        """Mean loss over the micro-batch with its own labels, 0-dim."""
+        return self._graph.loss
+
+    @staticmethod
+    def along(
+        objective: Objective, parameters: Parameters, batch: Any, v: Sequence[Tensor], **options: Any
+    ) -> FisherGraph:
+        """A graph for products with v alone, built in one pass."""
+        return FisherGraph(
+            objective, parameters, batch, **options, graph=GaussNewtonGraph.along(objective, parameters, batch, v)
+        )
 
     def begin(self, first_row: int) -> None:
         """Draw the labels of rows ``first_row`` and on of all data."""
@@ -71,6 +92,10 @@ class FisherGraph:
     def product(self, v: Sequence[Tensor]) -> Sequence[Tensor]:
         """``F v``, one tensor per parameter, from one tensor per parameter."""
         return self._graph.product(v)
+
+    def push(self, v: Sequence[Tensor]) -> Tensor:
+        """``J v``, of the outputs' shape."""
+        return self._graph.push(v)
 
 
 def uniforms(seed: int, first_row: int, rows: int, draws: int) -> Tensor:

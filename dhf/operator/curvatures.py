@@ -25,7 +25,7 @@ class Hessian(GlobalOperator):
         objective: What is differentiated.
         batches: This rank's micro-batches.
         comm: How ranks talk; one process by default.
-        **options: ``seed``, ``coordinator``, ``move_buffers``, ``debug_nonfinite`` as in :class:`GlobalOperator`.
+        **options: ``seed``, ``coordinator``, ``move_buffers``, ``debug_nonfinite``, ``retain`` as in :class:`GlobalOperator`.
 
     Example:
         >>> import torch
@@ -73,7 +73,7 @@ class Fisher(GlobalOperator):
         comm: How ranks talk; one process by default.
         samples: Labels drawn per sample.
         seed: Names the labels; the same on all ranks.
-        **options: ``coordinator``, ``move_buffers``, ``debug_nonfinite`` as in :class:`GlobalOperator`.
+        **options: ``coordinator``, ``move_buffers``, ``debug_nonfinite``, ``retain`` as in :class:`GlobalOperator`.
     """
 
     def __init__(

@@ -33,7 +33,7 @@ class ResidualJacobian(GlobalOperator):
         objective: A LeastSquares objective, or one with torch's MSELoss.
         batches: This rank's micro-batches.
         comm: How ranks talk; one process by default.
-        **options: ``seed``, ``coordinator``, ``move_buffers``, ``debug_nonfinite`` as in :class:`dhf.GlobalOperator`.
+        **options: ``seed``, ``coordinator``, ``move_buffers``, ``debug_nonfinite``, ``retain`` as in :class:`dhf.GlobalOperator`.
 
     Attributes:
         squared: ``vᵀAv`` of the last product, as a sum of squares over all rows; the same on every rank.

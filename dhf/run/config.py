@@ -107,7 +107,8 @@ class Config:
         None, "what a rank holds of each vector of a solve: all, or a piece; auto looks at the memory"
     )
     bucket_mb: float | None = _ranks(
-        None, "megabytes from which on the sum of a product over ranks starts early, in parts: 0.25 on slow networks; 0 is off"
+        None,
+        "megabytes from which on the sum of a product over ranks starts early, in parts: 0.25 on slow networks; 0 is off",
     )
     reduce_dtype: Literal["full", "bfloat16"] | None = _ranks(None, "in which ranks send products of cg")
     threads: int | None = _ranks(None, "threads per rank; the cores shared out by default")
