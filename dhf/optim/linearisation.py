@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dhf.coordinator import Coordinator
-from dhf.curvature import FisherGraph, GaussNewtonGraph, GradientGraph, HessianGraph, NonFinite
+from dhf.curvature import FisherGraph, GaussNewtonGraph, GradientGraph, HessianGraph, NonFinite, Retention
 from dhf.curvature.shard import BuildGraph
 from dhf.errors import NonFiniteError
 from dhf.evaluation import moving_buffers
@@ -66,12 +66,14 @@ class Linearisation:
         precondition: Makes the preconditioner, or None.
         debug_nonfinite: Whether to search for the sample where a product is not finite.
         verify: Whether a direct solver compares single samples with their batch.
+        retention: Which graphs are kept.
 
     Attributes:
         theta: The parameters, shape (n,).
         loss, gradient, gradient_norm: The global objective's, there; known after :meth:`solve`.
         space: How gradient and solutions are stored.
         products: Curvature products taken.
+        micro_batches, retained: Those of all ranks in the solve, and those of them whose graphs were kept to its end.
         solve_again: Solves the same model with another damping, where that needs no graph; None otherwise.
     """
 
@@ -92,12 +94,14 @@ class Linearisation:
         precondition: MakePreconditioner | None,
         debug_nonfinite: bool = False,
         verify: bool = True,
+        retention: Retention | None = None,
     ) -> None:
         self.objective, self.parameters, self.coordinator = objective, parameters, coordinator
         self.settings, self.shard, self.seed = settings, shard, seed
         self._precondition, self._debug, self._verify = precondition, debug_nonfinite, verify
         self.theta = parameters.read()
-        self.products = 0
+        self._retention = retention or Retention()
+        self.products = self.micro_batches = self.retained = 0
         self.non_finite: dict[int, NonFinite | None] = {}
         self.solve_again: Callable[[float], Solution] | None = None
 
@@ -150,6 +154,7 @@ class Linearisation:
             shifted = operator.compressed(within.damping) if rounded else operator.shifted(within.damping)
             solution = solve(shifted, -self.gradient, x0=start, **options)
         self.products = operator.products
+        self.micro_batches, self.retained = operator.micro_batches, operator.retained
         if solution.reason is Reason.NON_FINITE:
             self.non_finite = operator.non_finite
         return solution
@@ -170,6 +175,7 @@ class Linearisation:
             "debug_nonfinite": self._debug,
             "vectors": self.settings.vectors,
             "bucket_bytes": int(self.settings.bucket_mb * 1e6) or None,
+            "retain": self._retention,
         }
         if self.settings.solver == "cgls":
             return ResidualJacobian(self.objective, shard, **options)

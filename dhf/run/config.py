@@ -10,6 +10,7 @@ from typing import Any, Literal
 import jsonargparse
 import yaml
 
+from dhf.byte_size import parse_bytes
 from dhf.errors import UsageError
 from dhf.run.flags import Group, add_fields, in_words, make_parser, nearest
 from dhf.run.signals import signal_number
@@ -111,6 +112,10 @@ class Config:
         "megabytes from which on the sum of a product over ranks starts early, in parts: 0.25 on slow networks; 0 is off",
     )
     reduce_dtype: Literal["full", "bfloat16"] | None = _ranks(None, "in which ranks send products of cg")
+    retain: int | str | None = _ranks(
+        None,
+        "graphs kept during a solve: all, none, as many as fit into a size such as 2GiB on each rank, or auto (by default)",
+    )
     threads: int | None = _ranks(None, "threads per rank; the cores shared out by default")
     timeout: float = _ranks(300.0, "seconds to wait for a rank before giving up")
     deterministic: bool = _ranks(False, "use torch's deterministic algorithms")
@@ -254,6 +259,12 @@ def _check(config: Config) -> None:
         raise UsageError(f"--curvature-fraction must be in (0, 1], got {config.curvature_fraction}")
     if config.cg_rtol is not None and not 0 <= config.cg_rtol < 1:
         raise UsageError(f"--cg-rtol must be in [0, 1), got {config.cg_rtol}")
+    if config.retain is not None and config.retain not in ("all", "none", "auto"):
+        size = parse_bytes(str(config.retain))
+        if size is None or (isinstance(config.retain, int) and config.retain < 0):
+            raise UsageError(
+                f"--retain {config.retain} is unknown; give all, none, auto, or a size such as 2GiB or 500MB"
+            )
     if config.target_loss is not None and not math.isfinite(config.target_loss):
         raise UsageError(f"--target-loss must be finite, got {config.target_loss}")
     for name in config.stop_signals.split(","):

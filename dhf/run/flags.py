@@ -119,7 +119,7 @@ def _plain_type_error(text: str) -> str:
 def _metavar(hint: Any) -> str:
     """What stands for the value in the help."""
     if get_origin(hint) in (Union, types.UnionType):
-        hint = next(kind for kind in get_args(hint) if kind is not types.NoneType)
+        return "|".join(_metavar(kind) for kind in get_args(hint) if kind is not types.NoneType)
     if get_origin(hint) is Literal:
         return "{" + ",".join(get_args(hint)) + "}"
     return {int: "N", float: "X", str: "TEXT", bool: "{true,false}"}.get(hint, "YAML")
