@@ -172,7 +172,8 @@ def test_dry_run_prints_sizes_and_writes_nothing(run, capsys):
     assert not directory.exists()
     assert "parameters          43 (float64)" in out
     assert "micro-batches       3" in out
-    assert "retained graphs" in out
+    assert "graphs kept         3 of 3; the others are rebuilt for each product" in out
+    assert "predicted peak" in out
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 from dhf.curvature.forward_mode import outputs_along
 from dhf.curvature.gradient import rows_and_width, scalar_loss
@@ -39,9 +40,8 @@ class GaussNewtonGraph:
 
     def __init__(self, objective: Objective, parameters: Parameters, batch: Any) -> None:
         z = objective.outputs(batch)
-        self.loss, slope, self.output_hessian = _loss_at(objective, parameters, z, batch)
+        self.loss, self.slope, self.output_hessian = _loss_at(objective, parameters, z, batch)
         self.outputs = z.detach()
-        self.slope = slope
         self.rows, self.width = rows_and_width(z)
         self._z, self._tensors = z, parameters.tensors
         self._u = self.slope.clone().requires_grad_(True)
@@ -49,7 +49,8 @@ class GaussNewtonGraph:
         self.gradient: Sequence[Tensor] = [g.detach() for g in gradient]
         # parameters the outputs do not depend on have no graph
         self._kept = [i for i, g in enumerate(gradient) if g.requires_grad]
-        self._graph = [gradient[i] for i in self._kept]
+        # edges, since the values of a gradient would be one flat vector per micro-batch
+        self._graph = [get_gradient_edge(gradient[i]) for i in self._kept]
 
     @staticmethod
     def along(objective: Objective, parameters: Parameters, batch: Any, v: Sequence[Tensor]) -> PushedGraph:

@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dhf.curvature.retention import Retention
+from dhf.curvature.retention import Retention, counting
 from dhf.errors import UsageError
 from dhf.evaluation import reproducible, twice_differentiable
 from dhf.memory import ran_out_of_memory
 from dhf.objective import Objective
 from dhf.parameters import Parameters
 
-__all__ = ["Rebuild"]
+__all__ = ["Rebuild", "retained_bytes"]
 
 
 class Rebuild:
@@ -93,6 +93,14 @@ class Rebuild:
         if not 0.0 < scale < float("inf"):
             return None
         return bool(torch.linalg.vector_norm(ahead - whole) <= torch.finfo(whole.dtype).eps ** 0.5 * scale)
+
+
+def retained_bytes(objective: Objective, parameters: Parameters, batch: Any, build: Callable[..., Any]) -> int:
+    """Bytes of distinct storage that the graphs of one micro-batch keep alive, parameters and data left out."""
+    with counting(objective, batch) as storages:
+        graph = Rebuild(objective, parameters, build, Retention("all")).whole(batch, 0)
+        storages.hold(graph)
+    return storages.nbytes
 
 
 def _along_of(build: Callable[..., Any]) -> Callable[..., Any] | None:

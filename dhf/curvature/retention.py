@@ -119,7 +119,7 @@ class Retention:
 
 
 class Storages:
-    """The distinct storages that graphs have saved, those of some tensors left out."""
+    """The distinct storages that graphs keep alive, those of some tensors left out."""
 
     def __init__(self, apart: Iterator[Tensor]) -> None:
         self._apart = {t.untyped_storage().data_ptr() for t in apart}
@@ -131,6 +131,11 @@ class Storages:
         if storage.data_ptr() not in self._apart:
             self._seen[storage.data_ptr()] = storage.nbytes()
         return tensor
+
+    def hold(self, graph: Any) -> None:
+        """Count what a graph keeps as attributes of its own, its gradient left out, which is not kept."""
+        for tensor in _tensors({name: value for name, value in vars(graph).items() if name != "gradient"}):
+            self.note(tensor)
 
     @property
     def nbytes(self) -> int:
@@ -157,6 +162,7 @@ def size_of(batch: Any) -> int:
 
 
 def _tensors(batch: Any) -> Iterator[Tensor]:
+    """The tensors in a nest of containers and graphs."""
     if isinstance(batch, Tensor):
         yield batch
     elif isinstance(batch, Mapping):
@@ -165,3 +171,7 @@ def _tensors(batch: Any) -> Iterator[Tensor]:
     elif isinstance(batch, (tuple, list)):
         for part in batch:
             yield from _tensors(part)
+    elif hasattr(batch, "product"):  # a graph within a graph
+        yield from _tensors(vars(batch))
+    elif getattr(batch, "__closure__", None):  # an output Hessian
+        yield from _tensors([cell.cell_contents for cell in batch.__closure__])

@@ -300,6 +300,7 @@ class ShardCurvature:
                     return self._rebuild.whole(batch, seed, move_buffers=move_buffers)
                 with counting(self._objective, batch) as storages:
                     graph = self._rebuild.whole(batch, seed, move_buffers=move_buffers)
+                storages.hold(graph)
                 self._retention.measured(size_of(batch), storages.nbytes)
                 return graph
             except Exception as error:

@@ -138,9 +138,9 @@ class Trainer:
         return EXIT_DONE
 
     def _say_needs(self) -> None:
-        train = self.parts.train
+        train, ranks_here = self.parts.train, self.coordinator.ranks_here()
         needs = self.coordinator.attempt(
-            lambda: measure(self.objective, train.batches(self.step), self.parts.optimizer)
+            lambda: measure(self.objective, train.batches(self.step), self.parts.optimizer, ranks_here)
         )
         for line in in_lines(self.comm.gather_objects(needs), train, self._dtype()):
             self.monitor.say(line)
@@ -329,6 +329,7 @@ class Trainer:
             self.factorised,
             self.comm.size,
             self.pace.words(),
+            self.pace.peak_memory_mb,
             dict(self.fallbacks),
         )
 

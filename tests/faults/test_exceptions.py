@@ -50,7 +50,7 @@ def test_memory_that_runs_out_in_a_product_is_made_by_freeing_graphs(tmp_path: P
     assert "graphs of 3 of 6 micro-batches are kept during a solve, the others rebuilt" in ended.said(0, "out")
     plain = run(3, tmp_path / "plain", "--steps", "5", "--micro-batch-size", "4", within=BOUND)
     for row, other in zip(ended.rows(), plain.rows(), strict=True):
-        assert row["loss_after"] == pytest.approx(other["loss_after"], rel=1e-10)
+        assert row["loss_after"] == pytest.approx(other["loss_after"], rel=1e-6)
         assert row["cg_iterations"] == other["cg_iterations"]
 
 
