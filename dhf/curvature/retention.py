@@ -84,8 +84,14 @@ class Retention:
 
     def look(self, device: torch.device, sizes: Sequence[int]) -> None:
         """Settle what ``"auto"`` may take, before the first graph is built; a lone micro-batch needs no look."""
-        if self.budget is None and len(sizes) > 1:
+        if len(sizes) > 1:
+            self.settle(device)
+
+    def settle(self, device: torch.device) -> float:
+        """The budget; that of ``"auto"`` by what is available now, if it is not known yet."""
+        if self.budget is None:
             self.budget = _SHARE * available_memory(device) / self._sharers
+        return self.budget
 
     def measured(self, size: int, nbytes: int) -> None:
         """The graph of a micro-batch of this size takes so many bytes."""

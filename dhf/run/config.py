@@ -62,7 +62,10 @@ class Config:
     problem: str = _data("digits-autoencoder", "a built-in problem (above), or FILE.py:FUNCTION")
     options: dict = _data({}, "arguments of the problem's function: --options.KEY VALUE")
     batch_size: int | None = _data(None, "samples per step over all ranks; all of them by default")
-    micro_batch_size: int | None = _data(None, "samples differentiated at once; a rank's whole share by default")
+    micro_batch_size: int | Literal["auto"] | None = _data(
+        None,
+        "samples differentiated at once; a rank's whole share by default; auto finds the fastest that fits into memory",
+    )
     weight_decay: float | None = _data(
         None, "coefficient of half the squared norm of the parameters; the problem's own by default"
     )
@@ -249,7 +252,7 @@ def _check(config: Config) -> None:
     )
     for name in positive:
         value = getattr(config, name)
-        if value is not None and not 0 < value < math.inf:
+        if value is not None and value != "auto" and not 0 < value < math.inf:
             raise UsageError(f"--{name.replace('_', '-')} must be positive and finite, got {value}")
     for name in ("steps", "checkpoint_every", "weight_decay", "seed"):
         value = getattr(config, name)

@@ -109,6 +109,8 @@ def _plain_type_error(text: str) -> str:
     value = re.search(r"(?:Got|Given) value: (.*)$", rest)
     choices = re.search(r"Expected a typing\.Literal\[([^]]*)\]", rest)
     kind = re.search(r"Expected a <class '(\w+)'>", rest)
+    if value and kind and choices and kind[1] in _KINDS:
+        return f"{flag} must be {_KINDS[kind[1]]} or {choices[1].replace(chr(39), '')}, got {value[1]!r}"
     if value and choices:
         return f"{flag} {value[1]!r} is unknown; choose from {choices[1].replace(chr(39), '')}"
     if value and kind and kind[1] in _KINDS:
