@@ -23,6 +23,7 @@ from dhf.byte_size import parse_bytes
 from dhf.errors import UsageError
 from dhf.memory import available_memory
 from dhf.objective import Objective
+from dhf.parameters import Parameters
 
 __all__ = ["RETAIN", "Retention", "Storages", "check_retain", "counting", "size_of"]
 
@@ -31,6 +32,7 @@ _SHARE = 0.6  # of the memory that is available
 # Of the largest micro-batch's graph, measured by resident memory on a deep autoencoder:
 _PRODUCT = 1.0  # what a product takes besides the graph
 _REBUILT = 2.0  # what a rebuilt graph and its product take
+_VECTORS = 4  # flat vectors that a product holds with either
 
 
 def check_retain(retain: object) -> str | int:
@@ -73,6 +75,7 @@ class Retention:
         self.rate: float | None = None
         self.forward_mode: bool | None = None
         self._sharers = max(1, sharers)
+        self._vectors = 0
         self._most = math.inf  # numbers that may be kept since memory has run out
 
     def wants_measuring(self, sizes: Sequence[int]) -> bool:
@@ -82,10 +85,11 @@ class Retention:
         # a lone micro-batch takes as much when it is rebuilt
         return self.policy != "auto" or len(sizes) > 1
 
-    def look(self, device: torch.device, sizes: Sequence[int]) -> None:
+    def look(self, parameters: Parameters, sizes: Sequence[int]) -> None:
         """Settle what ``"auto"`` may take, before the first graph is built; a lone micro-batch needs no look."""
+        self._vectors = _VECTORS * parameters.numel * parameters.dtype.itemsize
         if len(sizes) > 1:
-            self.settle(device)
+            self.settle(parameters.device)
 
     def settle(self, device: torch.device) -> float:
         """The budget; that of ``"auto"`` by what is available now, if it is not known yet."""
@@ -106,9 +110,9 @@ class Retention:
         if self.rate is None:
             return self._most
         largest, whole = max(sizes) * self.rate, sum(sizes) * self.rate
-        if whole + _PRODUCT * largest <= self.budget:
+        if whole + _PRODUCT * largest + self._vectors <= self.budget:
             return self._most
-        return min(self._most, max(0.0, self.budget - _REBUILT * largest) / max(self.rate, 1e-300))
+        return min(self._most, max(0.0, self.budget - _REBUILT * largest - self._vectors) / max(self.rate, 1e-300))
 
     def peak(self, sizes: Sequence[int]) -> tuple[int, float]:
         """How many of these micro-batches have their graphs kept, and the bytes that graphs and a product take at most."""
@@ -117,7 +121,7 @@ class Retention:
             if kept + size <= room:
                 kept, count = kept + size, count + 1
         rate, largest = self.rate or 0.0, max(sizes, default=0)
-        return count, rate * (kept + largest * (_PRODUCT if count == len(sizes) else _REBUILT))
+        return count, rate * (kept + largest * (_PRODUCT if count == len(sizes) else _REBUILT)) + self._vectors
 
     def shrink(self, kept: int) -> None:
         """Memory has run out: keep no more than so many numbers' graphs from now on."""

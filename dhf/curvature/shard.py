@@ -130,7 +130,7 @@ class ShardCurvature:
         # a gradient alone keeps next to nothing
         bounded = build is not GradientGraph and self._retention.policy != "all"
         sizes = [size_of(batch) for batch, count in zip(batches, counts, strict=True) if count] if bounded else []
-        self._retention.look(parameters.device, sizes)
+        self._retention.look(parameters, sizes)
         for j, (batch, seed, count) in enumerate(zip(batches, seeds, counts, strict=True)):
             with naming_micro_batch(j):
                 if count == 0:

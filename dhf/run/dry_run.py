@@ -62,7 +62,7 @@ def measure(
     # a gradient alone keeps no graph
     retain = optimizer.settings.retain if isinstance(optimizer, HessianFree) and build is not GradientGraph else "all"
     retention = Retention(retain, sharers=1 if on_gpu else ranks_here)
-    retention.look(parameters.device, sizes)
+    retention.look(parameters, sizes)
     if sizes:
         first = next(batch for batch, count in zip(batches, counts, strict=True) if count)
         retention.measured(sizes[0], retained_bytes(objective, parameters, first, build))

@@ -36,7 +36,8 @@ def some(curvature: Any, objective: dhf.Objective, parts: list[Any]) -> int:
     probe = Retention(2**40)
     product(curvature, objective, parts, probe)
     assert probe.rate is not None
-    return int(3.5 * probe.rate * max(map(size_of, parts)))
+    vectors = 4 * 8 * Parameters(objective.module).numel
+    return int(3.5 * probe.rate * max(map(size_of, parts))) + vectors
 
 
 @pytest.mark.parametrize("model", list(MODELS))
