@@ -14,7 +14,7 @@ import torch
 __all__ = ["available_memory", "peak_memory", "ran_out_of_memory", "resident_memory", "total_memory"]
 
 _UNLIMITED = 2**60  # control groups without a limit name a number of this size
-_GROUPS = Path("/sys/fs/cgroup")
+_GROUPS, _OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def total_memory(device: torch.device) -> float:
@@ -94,7 +94,7 @@ def _left_in_groups() -> float:
 def _control_groups() -> Iterator[tuple[Path, str, str, str]]:
     """Each memory group above this process, with the names of its limit, its use and the part of that which is file cache."""
     try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        lines = _OWN_GROUPS.read_text().splitlines()
     except OSError:
         return
     for line in lines:
