@@ -23,6 +23,7 @@ import math
 import socket
 import time
 import traceback
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -39,6 +40,9 @@ __all__ = ["Coordinator", "Verdict", "capture", "fingerprint", "mark_of"]
 T = TypeVar("T")
 
 _SUM, _SQUARES, _LEADER, _FAILED, _NON_FINITE, _INTERRUPTED, _LATE, _MOVED = range(8)
+
+
+_ranks_here: weakref.WeakKeyDictionary[Communicator, int] = weakref.WeakKeyDictionary()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -89,14 +93,15 @@ class Coordinator:
         self._interrupted = interrupted
         self._failure: BaseException | None = None
         self._finite: Tensor | None = None
-        self._ranks_here: int | None = None
 
     def ranks_here(self) -> int:
-        """How many ranks share this one's host. Collective, when it is called first."""
-        if self._ranks_here is None:
+        """How many ranks share this one's host. Collective, when it is called first for a communicator."""
+        if self.comm.size == 1:
+            return 1
+        if self.comm not in _ranks_here:
             mine = socket.gethostname()
-            self._ranks_here = 1 if self.comm.size == 1 else self.comm.gather_objects(mine).count(mine)
-        return self._ranks_here
+            _ranks_here[self.comm] = self.comm.gather_objects(mine).count(mine)
+        return _ranks_here[self.comm]
 
     def fill(
         self,

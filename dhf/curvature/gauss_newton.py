@@ -127,9 +127,10 @@ def _loss_at(
     objective.check(z, batch)
     if not z.requires_grad:
         raise UsageError("the outputs do not depend on any trainable parameter; check for detach() or no_grad()")
-    at = z.detach().requires_grad_(True)
-    loss = scalar_loss(objective, at, batch)
-    slope = _loss_slope(loss, at, parameters)
+    with torch.enable_grad():
+        at = z.detach().requires_grad_(True)
+        loss = scalar_loss(objective, at, batch)
+        slope = _loss_slope(loss, at, parameters)
     known = objective.output_hessian(z.detach(), batch)
     return loss.detach(), slope.detach(), known if known is not None else _autograd_hessian(slope, at)
 

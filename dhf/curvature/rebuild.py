@@ -71,6 +71,7 @@ class Rebuild:
     def _make(self, build: Callable[..., Any], batch: Any, seed: int, *more: Any, move_buffers: bool = False) -> Any:
         device = self._parameters.device
         with (
+            torch.enable_grad(),  # a product may be asked for without
             reproducible(self._objective, device, seed, move_buffers=move_buffers),
             twice_differentiable(self._objective.module, device),
         ):

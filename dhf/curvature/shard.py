@@ -203,16 +203,19 @@ class ShardCurvature:
             StaleGraphError: If a parameter has moved since the graphs were built.
         """
         self._snapshot.check()
+        pieces_of_v = self._parameters.split(v)
         if not self._slots:
             out.zero_()
         for i, slot in enumerate(self._slots):
             with naming_micro_batch(slot.index):
-                self._add_product(slot, v, out, multiply, ready if i == len(self._slots) - 1 else None, first=i == 0)
+                self._add_product(
+                    slot, pieces_of_v, out, multiply, ready if i == len(self._slots) - 1 else None, first=i == 0
+                )
 
     def _add_product(
         self,
         slot: _Slot,
-        v: Tensor,
+        v: Sequence[Tensor],
         out: Tensor,
         multiply: Multiply,
         ready: Callable[[int], None] | None,
@@ -220,13 +223,13 @@ class ShardCurvature:
         first: bool,
     ) -> None:
         """One micro-batch's product; a function of its own, so that a graph that is not kept dies with it."""
-        pieces_of_v, weight = self._parameters.split(v), slot.count / self._total
-        graph = slot.graph if slot.graph is not None else self._rebuilt(slot, pieces_of_v)
+        weight = slot.count / self._total
+        graph = slot.graph if slot.graph is not None else self._rebuilt(slot, v)
         with full_precision(self._parameters.device):
             if ready is not None:
-                self._stream(graph, pieces_of_v, weight, out, multiply, ready, first=first)
+                self._stream(graph, v, weight, out, multiply, ready, first=first)
                 return
-            pieces = multiply(graph, pieces_of_v, weight)
+            pieces = multiply(graph, v, weight)
         if first:
             self._parameters.flatten(pieces, out=out)
             if weight != 1.0:

@@ -127,6 +127,25 @@ def test_steps_are_those_of_kept_graphs(retain: str, options: dict[str, Any]) ->
     assert any("micro-batches are kept" in note for note in optimizer.notes)
 
 
+@pytest.mark.parametrize("curvature", [*CURVATURES.values(), dhf.ResidualJacobian], ids=lambda c: c.__name__)
+def test_products_can_be_taken_where_gradients_are_off(curvature: Any) -> None:
+    objective, batch = problem("mlp", "mse")
+    v = torch.ones(43, dtype=torch.float64)
+    with curvature(objective, [batch], retain="none") as A:
+        truth = A @ v
+        with torch.no_grad():
+            assert torch.equal(A @ v, truth)
+
+
+@pytest.mark.parametrize("retain", ["all", "none"])
+def test_residuals_of_rebuilt_rows(retain: str) -> None:
+    objective, batch = problem("mlp", "mse", weight_decay=0.2)
+    x = torch.linspace(-1, 1, 43, dtype=torch.float64)
+    with dhf.ResidualJacobian(objective, split(batch, [4, 3]), retain=retain) as A, torch.no_grad():
+        residual = A.residual(x)[0].clone()
+        assert relative_error(residual, -A.gradient - A @ x) < 1e-12
+
+
 # forward mode
 
 
