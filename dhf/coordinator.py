@@ -23,6 +23,7 @@ import math
 import socket
 import time
 import traceback
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -31,6 +32,7 @@ from torch import Tensor
 
 from dhf.comm import Communicator, Pending
 from dhf.errors import PerSampleError, RankError, RanksDifferError, ReplicasDivergedError, StaleGraphError, UsageError
+from dhf.memory import ran_out_of_memory
 from dhf.reason import Reason
 
 __all__ = ["Coordinator", "Verdict", "capture", "fingerprint", "mark_of"]
@@ -38,6 +40,9 @@ __all__ = ["Coordinator", "Verdict", "capture", "fingerprint", "mark_of"]
 T = TypeVar("T")
 
 _SUM, _SQUARES, _LEADER, _FAILED, _NON_FINITE, _INTERRUPTED, _LATE, _MOVED = range(8)
+
+
+_ranks_here: weakref.WeakKeyDictionary[Communicator, int] = weakref.WeakKeyDictionary()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -88,6 +93,15 @@ class Coordinator:
         self._interrupted = interrupted
         self._failure: BaseException | None = None
         self._finite: Tensor | None = None
+
+    def ranks_here(self) -> int:
+        """How many ranks share this one's host. Collective, when it is called first for a communicator."""
+        if self.comm.size == 1:
+            return 1
+        if self.comm not in _ranks_here:
+            mine = socket.gethostname()
+            _ranks_here[self.comm] = self.comm.gather_objects(mine).count(mine)
+        return _ranks_here[self.comm]
 
     def fill(
         self,
@@ -310,7 +324,10 @@ class Coordinator:
             ) from self._failure
         if self.comm.size == 1 and self._failure is not None:
             raise self._failure
-        raise RankError(rank, report.host, report.words, report.trace, report.micro_batch) from self._failure
+        only_memory = all(report.out_of_memory for report in reports if report)
+        raise RankError(
+            rank, report.host, report.words, report.trace, report.micro_batch, only_memory
+        ) from self._failure
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -322,6 +339,7 @@ class _Report:
     words: str
     trace: str
     micro_batch: int | None
+    out_of_memory: bool
 
 
 def capture(function: Callable[[], T]) -> tuple[T | None, Exception | None]:
@@ -339,10 +357,13 @@ def _report(failure: BaseException | None) -> _Report | None:
     words = str(failure).strip() or type(failure).__name__
     if kind is None:
         words = f"{type(failure).__name__}: {words}"
-    if isinstance(failure, (MemoryError, torch.OutOfMemoryError)):
-        words += "; out of memory: use more ranks, a smaller batch, or a smaller curvature fraction"
+    ran_out, micro_batch = ran_out_of_memory(failure), getattr(failure, "micro_batch", None)
+    if ran_out:
+        words += (
+            "; out of memory: use smaller micro-batches, more ranks, a smaller batch, or a smaller curvature fraction"
+        )
     trace = "".join(traceback.format_exception(failure))
-    return _Report(socket.gethostname(), kind, words, trace, getattr(failure, "micro_batch", None))
+    return _Report(socket.gethostname(), kind, words, trace, micro_batch, ran_out and micro_batch is not None)
 
 
 def mark_of(facts: Mapping[str, str]) -> int:

@@ -94,13 +94,23 @@ class RankError(RuntimeError):
         host: Its host name.
         traceback: The failing rank's traceback as text.
         micro_batch: The index of the micro-batch it failed in, within its shard; None outside of one.
+        out_of_memory: Whether all that failed anywhere is that memory ran out in a micro-batch.
     """
 
-    def __init__(self, rank: int, host: str, message: str, traceback: str = "", micro_batch: int | None = None) -> None:
+    def __init__(
+        self,
+        rank: int,
+        host: str,
+        message: str,
+        traceback: str = "",
+        micro_batch: int | None = None,
+        out_of_memory: bool = False,
+    ) -> None:
         where = "" if micro_batch is None else f" in its micro-batch {micro_batch}"
         super().__init__(f"rank {rank} ({host}) failed{where}: {message}")
         self.rank, self.host, self.traceback, self.micro_batch = rank, host, traceback, micro_batch
-        self._message = message
+        self.out_of_memory, self._message = out_of_memory, message
 
     def __reduce__(self) -> tuple:
-        return type(self), (self.rank, self.host, self._message, self.traceback, self.micro_batch)
+        parts = (self.rank, self.host, self._message, self.traceback, self.micro_batch, self.out_of_memory)
+        return type(self), parts

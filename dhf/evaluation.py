@@ -60,9 +60,9 @@ def reproducible(
 ) -> Iterator[None]:
     """Fix torch's random numbers to ``seed`` inside; restore their state and the module's running statistics after.
 
-    With ``move_buffers`` the running statistics of BatchNorm stay where the forward pass left them.
+    With ``move_buffers`` the running statistics of BatchNorm stay where the forward pass left them, unless it fails.
     """
-    buffers = [] if move_buffers else moving_buffers(objective.module)
+    buffers = moving_buffers(objective.module)
     kept = [b.clone() for b in buffers]
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
@@ -71,10 +71,13 @@ def reproducible(
         if device.type == "cuda":
             with torch.cuda.device(device):
                 torch.cuda.manual_seed(seed)
+        done = False
         try:
             yield
+            done = True
         finally:
-            restore_buffers(buffers, kept)
+            if not (move_buffers and done):
+                restore_buffers(buffers, kept)
 
 
 @contextlib.contextmanager

@@ -118,7 +118,7 @@ def test_a_resumed_run_is_bitwise_the_whole_run(run):
     run("--steps", "3", directory="parts")
     code, parts = run("--steps", "6", "--resume", "auto", directory="parts")
     assert code == 0
-    timing = ("seconds", "own_seconds", "waiting_seconds")
+    timing = ("seconds", "own_seconds", "waiting_seconds", "peak_memory_mb")
     strip = lambda row: {k: v for k, v in row.items() if k not in timing}  # noqa: E731
     assert [strip(r) for r in rows(parts)] == [strip(r) for r in rows(whole)]
 
@@ -172,7 +172,8 @@ def test_dry_run_prints_sizes_and_writes_nothing(run, capsys):
     assert not directory.exists()
     assert "parameters          43 (float64)" in out
     assert "micro-batches       3" in out
-    assert "retained graphs" in out
+    assert "graphs kept         3 of 3; the others are rebuilt for each product" in out
+    assert "predicted peak" in out
 
 
 @pytest.mark.parametrize(

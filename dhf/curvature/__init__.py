@@ -5,6 +5,7 @@ from dhf.curvature.gauss_newton import GaussNewtonGraph
 from dhf.curvature.gradient import GradientGraph
 from dhf.curvature.hessian import HessianGraph
 from dhf.curvature.non_finite import NonFinite, find_non_finite, places_in_words
+from dhf.curvature.retention import Retention
 from dhf.curvature.shard import Graph, ShardCurvature
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "Graph",
     "HessianGraph",
     "NonFinite",
+    "Retention",
     "ShardCurvature",
     "find_non_finite",
     "places_in_words",

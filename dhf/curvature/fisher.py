@@ -8,6 +8,7 @@ are split over ranks and micro-batches, in their order, the same labels are draw
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dhf.curvature.gauss_newton import GaussNewton, GaussNewtonGraph
+from dhf.curvature.gauss_newton import GaussNewton, GaussNewtonGraph, PushedGraph
 from dhf.errors import UsageError
 from dhf.objective import Objective
 from dhf.parameters import Parameters
@@ -32,7 +33,7 @@ class FisherGraph:
         batch: One micro-batch.
         samples: Labels drawn per sample.
         seed: Names the stream of random numbers.
-        gauss_newton: Makes the graph of outputs and Jacobian.
+        gauss_newton: Makes the graph of outputs and Jacobian; may have an ``along`` as GaussNewtonGraph has.
 
     Raises:
         UsageError: If the loss has no predictive distribution.
@@ -55,12 +56,24 @@ class FisherGraph:
                 "or LeastSquares), found another; use the Gauss-Newton matrix"
             )
         self._graph = gauss_newton(objective, parameters, batch)
-        self.rows, self.loss, self.gradient = self._graph.rows, self._graph.loss, self._graph.gradient
-        self.width = self._graph.width
+        self.rows, self.width, self.gradient = self._graph.rows, self._graph.width, self._graph.gradient
         self._loss = known
         self._targets: Any = batch[1] if isinstance(batch, (tuple, list)) and len(batch) > 1 else None
         self._count = objective.count(batch)
         self._samples, self._seed = samples, seed
+
+    @property
+    def loss(self) -> Tensor:
+        """Mean loss over the micro-batch with its own labels, 0-dim."""
+        return self._graph.loss
+
+    @staticmethod
+    def along(
+        objective: Objective, parameters: Parameters, batch: Any, v: Sequence[Tensor], **options: Any
+    ) -> FisherGraph:
+        """A graph for products with v alone, built in one pass."""
+        along = functools.partial(PushedGraph, v=v)
+        return FisherGraph(objective, parameters, batch, **{**options, "gauss_newton": along})
 
     def begin(self, first_row: int) -> None:
         """Draw the labels of rows ``first_row`` and on of all data."""
@@ -79,6 +92,10 @@ class FisherGraph:
     def product(self, v: Sequence[Tensor]) -> Sequence[Tensor]:
         """``F v``, one tensor per parameter, from one tensor per parameter."""
         return self._graph.product(v)
+
+    def push(self, v: Sequence[Tensor]) -> Tensor:
+        """``J v``, of the outputs' shape."""
+        return self._graph.push(v)
 
 
 def uniforms(seed: int, first_row: int, rows: int, draws: int) -> Tensor:

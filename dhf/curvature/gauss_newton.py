@@ -5,23 +5,28 @@
 Two graphs are kept: z, and Jᵀu for a cotangent u. Jᵀu is linear in u, so differentiating ``(Jᵀu)·v`` by u gives J v
 whatever u is (Townsend's trick); with u = ∇ℓ(z) its value is the gradient, which then costs nothing more.
 ∇²ℓ(z) is a closed form for the losses dhf knows, autograd on the loss graph otherwise (Schraudolph, 2002).
+
+For one product alone, J v comes with z in one forward pass, and neither Jᵀu nor the gradient is needed.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
+from dhf.curvature.forward_mode import outputs_along
 from dhf.curvature.gradient import rows_and_width, scalar_loss
 from dhf.errors import UsageError
 from dhf.losses import OutputHessian
 from dhf.objective import Objective
 from dhf.parameters import Parameters
 
-__all__ = ["GaussNewton", "GaussNewtonGraph", "Jacobian", "loss_in_outputs"]
+__all__ = ["GaussNewton", "GaussNewtonGraph", "Jacobian", "PushedGraph", "loss_in_outputs"]
 
 
 class GaussNewton(Protocol):
@@ -62,11 +67,16 @@ class GaussNewtonGraph:
         objective.check(z, batch)
         if not z.requires_grad:
             raise UsageError("the outputs do not depend on any trainable parameter; check for detach() or no_grad()")
+        self.loss, self.slope, self.output_hessian = loss_in_outputs(objective, parameters, z, batch)
         self.outputs = z.detach()
-        self.loss, self.slope, self.output_hessian = loss_in_outputs(objective, parameters, self.outputs, batch)
         self.rows, self.width = rows_and_width(z)
         self._jacobian = Jacobian(z, parameters.tensors, self.slope)
         self.gradient: Sequence[Tensor] = self._jacobian.pulled
+
+    @staticmethod
+    def along(objective: Objective, parameters: Parameters, batch: Any, v: Sequence[Tensor]) -> PushedGraph:
+        """A graph for products with v alone, built in one pass."""
+        return PushedGraph(objective, parameters, batch, v)
 
     def begin(self, first_row: int) -> None:
         """The Gauss-Newton matrix does not depend on where the micro-batch stands among all data."""
@@ -103,7 +113,8 @@ class Jacobian:
         self.pulled: Sequence[Tensor] = [g.detach() for g in pulled]
         # parameters the outputs do not depend on have no graph
         self._kept = [i for i, g in enumerate(pulled) if g.requires_grad]
-        self._graph = [pulled[i] for i in self._kept]
+        # edges, since the values of a gradient would be one flat vector per micro-batch
+        self._graph = [get_gradient_edge(pulled[i]) for i in self._kept]
 
     def push(self, v: Sequence[Tensor]) -> Tensor:
         """``J v``, of the outputs' shape."""
@@ -114,6 +125,53 @@ class Jacobian:
         return torch.autograd.grad(self._z, self._tensors, u, retain_graph=True, materialize_grads=True)
 
 
+class PushedGraph:
+    """The graph of outputs alone, with ``J v`` for one v; attributes and methods as :class:`GaussNewtonGraph`.
+
+    Raises:
+        NotImplementedError, RuntimeError: Where something in the module has no forward derivative.
+    """
+
+    def __init__(self, objective: Objective, parameters: Parameters, batch: Any, v: Sequence[Tensor]) -> None:
+        self._z, self._Jv = outputs_along(objective, parameters, batch, v)
+        self.outputs = self._z.detach()
+        self.rows, self.width = rows_and_width(self.outputs)
+        self.gradient: Sequence[Tensor] = ()
+        self._objective, self._parameters, self._batch = objective, parameters, batch
+
+    @functools.cached_property
+    def loss(self) -> Tensor:
+        """See :class:`Graph`; taken when it is asked for, as the others are."""
+        with torch.no_grad():
+            return self._objective.loss(self.outputs, self._batch)
+
+    @functools.cached_property
+    def slope(self) -> Tensor:
+        """See :class:`GaussNewtonGraph`."""
+        return loss_in_outputs(self._objective, self._parameters, self._z, self._batch)[1]
+
+    @functools.cached_property
+    def output_hessian(self) -> OutputHessian:
+        """See :class:`GaussNewtonGraph`."""
+        known = self._objective.output_hessian(self.outputs, self._batch)
+        return known or loss_in_outputs(self._objective, self._parameters, self._z, self._batch)[2]
+
+    def begin(self, first_row: int) -> None:
+        """See :class:`GaussNewtonGraph`."""
+
+    def product(self, v: Sequence[Tensor]) -> Sequence[Tensor]:
+        """``G v`` for the v that the graph was built along."""
+        return self.pull(self.output_hessian(self.push(v)))
+
+    def push(self, v: Sequence[Tensor]) -> Tensor:
+        """``J v`` for the v that the graph was built along."""
+        return self._Jv
+
+    def pull(self, u: Tensor) -> Sequence[Tensor]:
+        """``Jᵀ u``, one tensor per parameter, from a tensor of the outputs' shape."""
+        return torch.autograd.grad(self._z, self._parameters.tensors, u, retain_graph=True, materialize_grads=True)
+
+
 def loss_in_outputs(
     objective: Objective, parameters: Parameters, z: Tensor, batch: Any
 ) -> tuple[Tensor, Tensor, OutputHessian]:
@@ -122,10 +180,11 @@ def loss_in_outputs(
     Raises:
         UsageError: If the loss is not one number, or also depends on the parameters past the outputs.
     """
-    at = z.detach().requires_grad_(True)
-    loss = scalar_loss(objective, at, batch)
-    slope = _loss_slope(loss, at, parameters)
-    known = objective.output_hessian(z, batch)
+    with torch.enable_grad():
+        at = z.detach().requires_grad_(True)
+        loss = scalar_loss(objective, at, batch)
+        slope = _loss_slope(loss, at, parameters)
+    known = objective.output_hessian(z.detach(), batch)
     return loss.detach(), slope.detach(), known if known is not None else _autograd_hessian(slope, at)
 
 

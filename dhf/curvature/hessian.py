@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 from dhf.curvature.gradient import rows_and_width, scalar_loss
 from dhf.objective import Objective
@@ -34,7 +35,8 @@ class HessianGraph:
         self._tensors = parameters.tensors
         # the gradient of a parameter that enters linearly is constant, and has no graph
         self._kept = [i for i, g in enumerate(gradient) if g.requires_grad]
-        self._graph = [gradient[i] for i in self._kept]
+        # edges, since the values of a gradient would be one flat vector per micro-batch
+        self._graph = [get_gradient_edge(gradient[i]) for i in self._kept]
 
     def begin(self, first_row: int) -> None:
         """The Hessian does not depend on where the micro-batch stands among all data."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call, grad, jacrev, vmap
 
+from dhf.curvature.forward_mode import Outputs
 from dhf.curvature.shard import MicroBatch
 from dhf.errors import PerSampleError
 from dhf.objective import Objective, rows, select
@@ -47,7 +48,7 @@ def output_jacobian(
             control flow, BatchNorm in training mode), or they are not those of the whole batch.
     """
     size = rows(batch)
-    place, (flat, axes) = _Outputs(objective), _flatten(batch, size)
+    place, (flat, axes) = Outputs(objective), _flatten(batch, size)
     tensors = tuple(p.detach() for p in parameters.tensors)
     whole: Tensor | None = None
     if width is None or verify:
@@ -89,7 +90,7 @@ def add_squared_gradients(objective: Objective, parameters: Parameters, part: Mi
     Raises:
         PerSampleError: If vmap cannot enter the loss.
     """
-    place = _Outputs(objective)
+    place = Outputs(objective)
     tensors = tuple(p.detach() for p in parameters.tensors)
 
     def loss_of_one(values: tuple[Tensor, ...], *pieces: Any) -> Tensor:
@@ -127,18 +128,6 @@ def _refusal(what: str, error: Exception) -> PerSampleError:
         f"{what} cannot be differentiated sample by sample: write inner derivatives with torch.func, set dropout and BatchNorm "
         f"to eval(), and do without .item() and branches on values ({type(error).__name__}: {words})"
     )
-
-
-class _Outputs(torch.nn.Module):
-    """The objective's outputs as a module, so that its parameters can be put in from outside."""
-
-    def __init__(self, objective: Objective) -> None:
-        super().__init__()
-        self.module = objective.module
-        self._objective = [objective]  # in a list, so that it is not taken for a submodule
-
-    def forward(self, batch: Any) -> Tensor:
-        return self._objective[0].outputs(batch)
 
 
 def _flatten(batch: Any, size: int) -> tuple[list[Tensor], list[int | None]]:

@@ -1,4 +1,4 @@
-"""ShardCurvature: one graph per micro-batch of a shard, built once, weighted by sample counts, freed at the end.
+"""ShardCurvature: one graph per micro-batch of a shard, weighted by sample counts, kept to the end or rebuilt per product.
 
 A new curvature writes a Graph for one micro-batch; looping, weighting and retention are done here.
 """
@@ -8,14 +8,19 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from dhf.curvature.gradient import GradientGraph
+from dhf.curvature.rebuild import Rebuild
+from dhf.curvature.retention import Retention, counting, size_of
 from dhf.errors import UsageError
 from dhf.evaluation import full_precision, naming_micro_batch, reproducible, twice_differentiable
+from dhf.memory import ran_out_of_memory
 from dhf.objective import Objective, rows
 from dhf.parameters import Parameters
 
@@ -25,6 +30,9 @@ __all__ = ["AddSums", "BuildGraph", "Graph", "MicroBatch", "ShardCurvature"]
 class Graph(Protocol):
     """What one micro-batch keeps for a whole solve.
 
+    A class of graphs may also have an ``along(objective, parameters, batch, v)`` that makes one for products with v alone, with
+    a ``push(v)``, where that is cheaper; see :mod:`dhf.curvature.rebuild`.
+
     Attributes:
         loss: Mean loss over the micro-batch, 0-dim.
         gradient: Its gradient, one tensor per parameter.
@@ -32,10 +40,12 @@ class Graph(Protocol):
         width: Numbers in the outputs per sample.
     """
 
-    loss: Tensor
     gradient: Sequence[Tensor]
     rows: int
     width: int
+
+    @property
+    def loss(self) -> Tensor: ...
 
     def begin(self, first_row: int) -> None:
         """Called once before the first product, with the micro-batch's place among all data."""
@@ -74,7 +84,10 @@ def own_product(graph: Graph, v: Sequence[Tensor], weight: float) -> Sequence[Te
 
 
 class ShardCurvature:
-    """The products of one rank's shard, on graphs that are kept from construction to :meth:`close`.
+    """The products of one rank's shard, from construction to :meth:`close`.
+
+    A micro-batch's graph is kept from then to the end or, where the retention says so, rebuilt for each product and freed after
+    it; under the same random numbers, so that it gives the same.
 
     Args:
         objective: What is differentiated.
@@ -83,6 +96,7 @@ class ShardCurvature:
         seeds: One random seed per micro-batch.
         build: Makes the graph of one micro-batch.
         move_buffers: Whether BatchNorm's running statistics follow this forward pass.
+        retention: Which graphs are kept; all of them by default.
 
     Attributes:
         loss_sum: ``Σ count·loss``, float64.
@@ -90,6 +104,7 @@ class ShardCurvature:
         count: ``Σ count``.
         rows: Samples in the shard.
         width: Numbers in the outputs per sample; 0 for an empty shard.
+        ran_out: Whether memory has run out while graphs were built, so that fewer are kept.
     """
 
     def __init__(
@@ -101,42 +116,71 @@ class ShardCurvature:
         build: BuildGraph,
         *,
         move_buffers: bool = False,
+        retention: Retention | None = None,
     ) -> None:
         self._objective, self._parameters = objective, parameters
         self._snapshot = parameters.snapshot()
-        self._kept: list[_Kept] = []
-        self.rows = 0
+        self._retention = retention or Retention("all")
+        self._rebuild = Rebuild(objective, parameters, build, self._retention)
+        self._slots: list[_Slot] = []
+        self.rows, self.ran_out = 0, False
         self.gradient_sum = torch.zeros(parameters.numel, dtype=parameters.dtype, device=parameters.device)
         losses = torch.zeros((), dtype=torch.float64, device=parameters.device)
-        for j, (batch, seed) in enumerate(zip(batches, seeds, strict=True)):
+        counts = [_count(objective, j, batch) for j, batch in enumerate(batches)]
+        # a gradient alone keeps next to nothing
+        bounded = build is not GradientGraph and self._retention.policy != "all"
+        sizes = [size_of(batch) for batch, count in zip(batches, counts, strict=True) if count] if bounded else []
+        self._retention.look(parameters, sizes)
+        for j, (batch, seed, count) in enumerate(zip(batches, seeds, counts, strict=True)):
             with naming_micro_batch(j):
-                count = objective.count(batch)
                 if count == 0:
                     with contextlib.suppress(UsageError):
                         self.rows += rows(batch)
                     continue
-                with (
-                    reproducible(objective, parameters.device, seed, move_buffers=move_buffers),
-                    twice_differentiable(objective.module, parameters.device),
-                ):
-                    graph = build(objective, parameters, batch)
+                graph = self._first_graph(batch, seed, sizes, move_buffers=move_buffers)
             losses += graph.loss.double() * count
             for view, piece in zip(parameters.split(self.gradient_sum), graph.gradient, strict=True):
                 view.add_(piece, alpha=count)
             graph.gradient = ()
-            self._kept.append(_Kept(j, graph, count, self.rows, batch, seed))
+            slot = _Slot(j, count, self.rows, graph.rows, graph.width, batch, seed, graph.loss)
+            if self._kept_size() + size_of(batch) <= self._retention.room(sizes):
+                slot.graph = graph
+            self._slots.append(slot)
             self.rows += graph.rows
+            del graph
         self.loss_sum = losses.item()
-        self.count = sum(kept.count for kept in self._kept)
-        self.width = self._kept[0].graph.width if self._kept else 0
+        self.count = sum(slot.count for slot in self._slots)
+        self.width = self._slots[0].width if self._slots else 0
         self._total, self._first_row = 0.0, 0
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches that count."""
+        return len(self._slots)
+
+    @property
+    def retained(self) -> int:
+        """Of these, those whose graphs are kept."""
+        return sum(slot.graph is not None for slot in self._slots)
 
     def begin(self, total: float, first_row: int) -> None:
         """Take the place among all data: the global sample count, and the index of this shard's first row."""
         self._total, self._first_row = total, first_row
-        for kept in self._kept:
-            with naming_micro_batch(kept.index):
-                kept.graph.begin(first_row + kept.first_row)
+        for slot in self._slots:
+            if slot.graph is not None:
+                with naming_micro_batch(slot.index):
+                    slot.graph.begin(first_row + slot.first_row)
+
+    def free_half(self) -> bool:
+        """Free half of the kept graphs, since memory has run out, and keep no more from now on; False if none is kept."""
+        kept = [slot for slot in self._slots if slot.graph is not None]
+        for slot in kept[len(kept) // 2 :]:
+            slot.graph = None
+        if kept:
+            self._retention.shrink(self._kept_size())
+        if self._parameters.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return bool(kept)
 
     def product(
         self,
@@ -160,23 +204,39 @@ class ShardCurvature:
         """
         self._snapshot.check()
         pieces_of_v = self._parameters.split(v)
-        if not self._kept:
+        if not self._slots:
             out.zero_()
+        for i, slot in enumerate(self._slots):
+            with naming_micro_batch(slot.index):
+                self._add_product(
+                    slot, pieces_of_v, out, multiply, ready if i == len(self._slots) - 1 else None, first=i == 0
+                )
+
+    def _add_product(
+        self,
+        slot: _Slot,
+        v: Sequence[Tensor],
+        out: Tensor,
+        multiply: Multiply,
+        ready: Callable[[int], None] | None,
+        *,
+        first: bool,
+    ) -> None:
+        """One micro-batch's product; a function of its own, so that a graph that is not kept dies with it."""
+        weight = slot.count / self._total
+        graph = slot.graph if slot.graph is not None else self._rebuilt(slot, v)
         with full_precision(self._parameters.device):
-            for i, kept in enumerate(self._kept):
-                weight = kept.count / self._total
-                with naming_micro_batch(kept.index):
-                    if ready is not None and i == len(self._kept) - 1:
-                        self._stream(kept.graph, pieces_of_v, weight, out, multiply, ready, first=i == 0)
-                        continue
-                    pieces = multiply(kept.graph, pieces_of_v, weight)
-                if i == 0:
-                    self._parameters.flatten(pieces, out=out)
-                    if weight != 1.0:
-                        out.mul_(weight)
-                else:
-                    for view, piece in zip(self._parameters.split(out), pieces, strict=True):
-                        view.add_(piece, alpha=weight)
+            if ready is not None:
+                self._stream(graph, v, weight, out, multiply, ready, first=first)
+                return
+            pieces = multiply(graph, v, weight)
+        if first:
+            self._parameters.flatten(pieces, out=out)
+            if weight != 1.0:
+                out.mul_(weight)
+        else:
+            for view, piece in zip(self._parameters.split(out), pieces, strict=True):
+                view.add_(piece, alpha=weight)
 
     def _stream(
         self,
@@ -215,14 +275,14 @@ class ShardCurvature:
             StaleGraphError: If a parameter has moved since the graphs were built.
         """
         self._snapshot.check()
-        for kept in self._kept:
+        for slot in self._slots:
             with (
-                naming_micro_batch(kept.index),
-                reproducible(self._objective, self._parameters.device, kept.seed),
+                naming_micro_batch(slot.index),
+                reproducible(self._objective, self._parameters.device, slot.seed),
                 twice_differentiable(self._objective.module, self._parameters.device),
             ):
-                weight, first_row = kept.count / self._total, self._first_row + kept.first_row
-                add(MicroBatch(kept.batch, kept.graph.rows, weight, first_row), out)
+                weight, first_row = slot.count / self._total, self._first_row + slot.first_row
+                add(MicroBatch(slot.batch, slot.rows, weight, first_row), out)
 
     def moved(self) -> Tensor | None:
         """On a GPU, how many parameters moved by value, as a 0-dim tensor; on a CPU :meth:`product` has looked."""
@@ -230,7 +290,53 @@ class ShardCurvature:
 
     def close(self) -> None:
         """Free the graphs."""
-        self._kept.clear()
+        self._slots.clear()
+
+    def _kept_size(self) -> int:
+        return sum(size_of(slot.batch) for slot in self._slots if slot.graph is not None)
+
+    def _first_graph(self, batch: Any, seed: int, sizes: Sequence[int], *, move_buffers: bool) -> Graph:
+        """A micro-batch's graph; where memory runs out, kept ones make room for it."""
+        while True:
+            try:
+                if not self._retention.wants_measuring(sizes):
+                    return self._rebuild.whole(batch, seed, move_buffers=move_buffers)
+                self._rebuild.prepare(batch, seed)
+                with counting(self._objective, batch) as storages:
+                    graph = self._rebuild.whole(batch, seed, move_buffers=move_buffers)
+                storages.hold(graph)
+                self._retention.measured(size_of(batch), storages.nbytes)
+                return graph
+            except Exception as error:
+                if not ran_out_of_memory(error) or not self.free_half():
+                    raise
+                self.ran_out = True
+                traceback.clear_frames(error.__traceback__)  # they hold what had been built
+
+    def _rebuilt(self, slot: _Slot, v: Sequence[Tensor]) -> Graph:
+        """The graph of a micro-batch that keeps none, for a product with v."""
+        graph = self._rebuild(slot.batch, slot.seed, v)
+        if not slot.compared:
+            slot.compared = True
+            _require_same_loss(graph.loss, slot.loss)
+        graph.begin(self._first_row + slot.first_row)
+        return graph
+
+
+def _count(objective: Objective, index: int, batch: Any) -> float:
+    with naming_micro_batch(index):
+        return objective.count(batch)
+
+
+def _require_same_loss(now: Tensor, before: Tensor) -> None:
+    """Refuse an objective that is another one each time it is evaluated: its products would be those of several matrices."""
+    slack = torch.finfo(before.dtype).eps ** 0.5
+    if not torch.allclose(now, before, rtol=slack, atol=0.0, equal_nan=True):
+        raise UsageError(
+            f"the loss of a micro-batch is {float(now):g} when its graph is rebuilt, and was {float(before):g} at the same "
+            "parameters: something in the module changes with each forward pass; use eval() for it, or keep all graphs with "
+            "retain 'all'"
+        )
 
 
 def _hand_on(take: Callable[[int, Tensor], None], i: int, piece: Tensor) -> None:
@@ -239,13 +345,17 @@ def _hand_on(take: Callable[[int, Tensor], None], i: int, piece: Tensor) -> None
         take(i, piece)
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Kept:
-    """A micro-batch that counts: its index and the row it begins at within the shard, its graph, weight, data and seed."""
+@dataclasses.dataclass(slots=True)
+class _Slot:
+    """A micro-batch that counts: its index and the row it begins at within the shard, its data, and its graph if that is kept."""
 
     index: int
-    graph: Graph
     count: float
     first_row: int
+    rows: int
+    width: int
     batch: Any
     seed: int
+    loss: Tensor
+    graph: Graph | None = None
+    compared: bool = False

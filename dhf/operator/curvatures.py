@@ -30,7 +30,7 @@ class Hessian(GlobalOperator):
             recorded once for each shape of micro-batch and replayed; ``"compiled"``: the same, compiled; ``"auto"``: retained
             or traced, whichever takes less time. What cannot be compiled is traced, and what cannot be recorded retained, with a
             warning.
-        **options: ``seed``, ``coordinator``, ``move_buffers``, ``debug_nonfinite`` as in :class:`GlobalOperator`.
+        **options: ``seed``, ``coordinator``, ``move_buffers``, ``debug_nonfinite``, ``retain`` as in :class:`GlobalOperator`.
 
     Example:
         >>> import torch
@@ -81,7 +81,7 @@ class Fisher(GlobalOperator):
         samples: Labels drawn per sample.
         seed: Names the labels; the same on all ranks.
         products: As in :class:`Hessian`.
-        **options: ``coordinator``, ``move_buffers``, ``debug_nonfinite`` as in :class:`GlobalOperator`.
+        **options: ``coordinator``, ``move_buffers``, ``debug_nonfinite``, ``retain`` as in :class:`GlobalOperator`.
     """
 
     def __init__(

@@ -9,25 +9,30 @@ from __future__ import annotations
 
 import functools
 import math
+import traceback
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from dhf.comm import Communicator, Serial
 from dhf.coordinator import Coordinator, Verdict, capture, fingerprint, mark_of
-from dhf.curvature import NonFinite, ShardCurvature, find_non_finite, places_in_words
+from dhf.curvature import NonFinite, Retention, ShardCurvature, find_non_finite, places_in_words
 from dhf.curvature.shard import AddSums, BuildGraph
-from dhf.errors import NonFiniteError, StaleGraphError, UsageError
+from dhf.errors import NonFiniteError, RankError, StaleGraphError, UsageError
 from dhf.evaluation import check_module, micro_batch_seeds
+from dhf.memory import ran_out_of_memory
 from dhf.objective import Objective, require_objective
 from dhf.operator.reduction import Part, Pieces, Reduced, Reducer, Reduction, Status, Target, Whole, Work
 from dhf.parameters import Parameters
 from dhf.reason import Reason
 
 __all__ = ["Compressed", "GlobalOperator", "Shifted"]
+
+T = TypeVar("T")
 
 
 class GlobalOperator:
@@ -49,6 +54,9 @@ class GlobalOperator:
             last filled up with zeros. ``space.piece(whole)`` and ``space.whole(piece)`` lead from one to the other.
         bucket_bytes: With replicated vectors, the all-reduce of a product is cut at parameters into parts of at least this size,
             each of which starts while the product is still being computed; None for one all-reduce at the end.
+        retain: Which micro-batches keep their graphs, on each rank: ``"all"``, ``"none"``, as many as fit into so many bytes (a
+            number, or a text such as ``"2GiB"``), or ``"auto"``: into the memory that is available. The others' are rebuilt for
+            each product. Where memory runs out in a product, all ranks free half of theirs, and go on.
 
     Attributes:
         loss: The global objective, weight decay included. Float.
@@ -58,6 +66,7 @@ class GlobalOperator:
         outputs_per_row: Numbers that the objective's outputs hold per sample.
         coordinator: How ranks agree.
         products: Products taken so far.
+        micro_batches, retained: Micro-batches of all ranks, and those of them whose graphs are kept.
         space: The inner products of these vectors, and what a rank holds of them.
         RIDERS: Numbers that ride with each product besides the status word.
 
@@ -84,6 +93,7 @@ class GlobalOperator:
         debug_nonfinite: bool = False,
         vectors: str = "replicated",
         bucket_bytes: int | None = None,
+        retain: str | int | Retention = "auto",
     ) -> None:
         require_objective(objective)
         if vectors not in ("replicated", "sharded"):
@@ -104,6 +114,10 @@ class GlobalOperator:
             "vectors": f"{vectors}, buckets of {bucket_bytes} bytes",
         }
 
+        here = self.coordinator.ranks_here()
+        on_gpu = self.device.type == "cuda"
+        retention = retain if isinstance(retain, Retention) else Retention(retain, sharers=1 if on_gpu else here)
+
         self._search: Callable[[Tensor | None], NonFinite | None] | None = None
 
         def build_shard() -> ShardCurvature:
@@ -115,7 +129,9 @@ class GlobalOperator:
             seeds = micro_batch_seeds(seed, comm.rank, len(pieces))
             if debug_nonfinite:
                 self._search = functools.partial(find_non_finite, objective, self.parameters, pieces, seeds, build)
-            return ShardCurvature(objective, self.parameters, pieces, seeds, build, move_buffers=move_buffers)
+            return ShardCurvature(
+                objective, self.parameters, pieces, seeds, build, move_buffers=move_buffers, retention=retention
+            )
 
         shard, failure = capture(build_shard)
         self._shard = shard
@@ -205,6 +221,9 @@ class GlobalOperator:
         Raises:
             StaleGraphError, NonFiniteError, RankError: As :meth:`matvec`.
         """
+        return self._with_room(lambda: self._sums(add, shapes))
+
+    def _sums(self, add: AddSums, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
         sizes = [math.prod(shape) for shape in shapes]
         buffer = torch.zeros(sum(sizes) + Coordinator.WIDTH, dtype=self.dtype, device=self.device)
         flat, word = buffer[: sum(sizes)], buffer[sum(sizes) :]
@@ -262,7 +281,43 @@ class GlobalOperator:
     ) -> Reduced:
         status = Status(proposal, failure, self._moved, self._searching(v))
         self.products += v is not None
-        return (by or self._reduction).reduce(work, v, status, [(vector, factor) for vector, factor in add if factor])
+        added, reducer = [(vector, factor) for vector, factor in add if factor], by or self._reduction
+        return self._with_room(lambda: reducer.reduce(work, v, status, added))
+
+    def _with_room(self, work: Callable[[], T]) -> T:
+        """What a collective work returns; where only memory is wanting, on any rank, all ranks make room and repeat it."""
+        while True:
+            try:
+                return work()
+            except Exception as error:
+                if not self._make_room(error):
+                    raise
+
+    def _make_room(self, error: Exception) -> bool:
+        """Free half of every rank's graphs, if an error that all ranks have says that memory has run out on one of them."""
+        if self.comm.size > 1:
+            ran_out = isinstance(error, RankError) and error.out_of_memory
+        else:
+            ran_out = ran_out_of_memory(error) and hasattr(error, "micro_batch")
+        shard = self._shard
+        if not ran_out or shard is None:
+            return False
+        for raised in (error, error.__cause__):
+            if raised is not None:
+                traceback.clear_frames(raised.__traceback__)  # they hold what had been computed
+        freed = shard.free_half()
+        everyone = self.comm.gather_objects((freed, shard.retained, shard.micro_batches))
+        if not any(freed for freed, _, _ in everyone):
+            return False
+        self.retained = sum(retained for _, retained, _ in everyone)
+        if self.comm.rank == 0:
+            who = f"rank {error.rank} ({error.host})" if isinstance(error, RankError) else "the process"
+            warnings.warn(
+                f"{who} ran out of memory in a product: the graphs of {self.retained} of {self.micro_batches} micro-batches "
+                "are kept from now on, the others rebuilt for each product",
+                stacklevel=2,
+            )
+        return True
 
     def _moved(self) -> Tensor | None:
         return self._shard.moved() if self._shard is not None else None
@@ -286,13 +341,17 @@ class GlobalOperator:
             places[comm.rank] = shard.rows
         sums = [shard.loss_sum, shard.count] if shard is not None else [0.0, 0.0]
         sums += [shard.width, shard.width > 0] if shard is not None else [0.0, 0.0]
+        sums += [shard.micro_batches, shard.retained, shard.ran_out] if shard is not None else [0.0, 0.0, 0.0]
         # the decay term is rank 0's alone, so that every rank holds the same bits of the loss
         decay = 0.5 * self._decay * float(theta.double().square().sum()) if comm.rank == 0 else 0.0
         mark = coordinate.mark(mark_of(self._facts) ^ fingerprint(theta))
-        loss_sum, total, widths, known, decay, *rest = coordinate.reduce(
+        loss_sum, total, widths, known, micro_batches, retained, ran_out, decay, *rest = coordinate.reduce(
             [*sums, decay, *places, *mark], failure=failure
         )
         assert shard is not None
+        self.micro_batches, self.retained = int(micro_batches), int(retained)
+        if ran_out:
+            self._warn_of_few_graphs(shard)
         if not coordinate.same(rest[comm.size :]):
             coordinate.raise_difference(self._facts)
             coordinate.require_replicas(theta)
@@ -317,6 +376,17 @@ class GlobalOperator:
                 f"the loss is {self.loss:g} and its gradient not finite, from {places_in_words(self.non_finite)}; "
                 "look for NaN in the data, a loss that overflows, or too large initial weights",
                 self.non_finite,
+            )
+
+    def _warn_of_few_graphs(self, shard: ShardCurvature) -> None:
+        """Say on rank 0 which ranks ran out of memory while they built their graphs. Collective."""
+        everyone = self.comm.gather_objects(shard.ran_out)
+        if self.comm.rank == 0:
+            ranks = ", ".join(str(rank) for rank, ran_out in enumerate(everyone) if ran_out)
+            warnings.warn(
+                f"rank {ranks} ran out of memory while graphs were built: those of {self.retained} of {self.micro_batches} "
+                "micro-batches are kept, the others rebuilt for each product",
+                stacklevel=2,
             )
 
     @staticmethod

@@ -36,8 +36,8 @@ class ResidualJacobian(GlobalOperator):
         batches: This rank's micro-batches.
         comm: How ranks talk; one process by default.
         products: As in :class:`dhf.Hessian`.
-        **options: ``build`` (of a GaussNewton graph), ``seed``, ``coordinator``, ``move_buffers``, ``debug_nonfinite`` as in
-            :class:`dhf.GlobalOperator`.
+        build: Makes a GaussNewton graph, in place of ``products``.
+        **options: ``seed``, ``coordinator``, ``move_buffers``, ``debug_nonfinite``, ``retain`` as in :class:`dhf.GlobalOperator`.
 
     Attributes:
         squared: ``vᵀAv`` of the last product, as a sum of squares over all rows; the same on every rank.

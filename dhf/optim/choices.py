@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import functools
-import math
-import os
 import socket
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from dhf.comm import Communicator
+from dhf.memory import total_memory
 from dhf.optim.damping import LevenbergMarquardt, Nielsen
 from dhf.optim.linearisation import MakePreconditioner
 from dhf.optim.outcome import Steering
@@ -51,23 +48,13 @@ def make_preconditioner(settings: Settings, seed: int) -> MakePreconditioner | N
 def choose_vectors(settings: Settings, parameters: Parameters, comm: Communicator) -> tuple[str, list[str]]:
     """Replicated or sharded vectors, and a note of why; by rank 0's memory, so that all ranks do alike. Collective."""
     needed = _VECTORS * parameters.numel * parameters.dtype.itemsize
-    shares = comm.gather_objects((socket.gethostname(), _memory_of(parameters.device)))
+    shares = comm.gather_objects((socket.gethostname(), total_memory(parameters.device)))
     ranks_here = sum(host == shares[0][0] for host, _ in shares)
     there = shares[0][1] / (1 if parameters.device.type == "cuda" else ranks_here)
     may = comm.size > 1 and settings.solver != "direct" and settings.reduce_dtype == "full"
     if may and needed > 0.25 * there:
         return "sharded", [f"vectors sharded: replicated ones would take {needed / 1e9:.1f} GB on each rank"]
     return "replicated", []
-
-
-def _memory_of(device: torch.device) -> float:
-    """The bytes that a device has in all."""
-    if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[1])
-    try:
-        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    except (ValueError, OSError, AttributeError):
-        return math.inf
 
 
 def name_of(preconditioner: Any) -> str:

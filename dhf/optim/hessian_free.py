@@ -26,7 +26,7 @@ from torch import Tensor
 
 from dhf.comm import Communicator, Serial
 from dhf.coordinator import Coordinator, capture
-from dhf.curvature import GradientGraph
+from dhf.curvature import GradientGraph, Retention
 from dhf.errors import PerSampleError, UsageError
 from dhf.evaluation import moving_buffers, restore_buffers, stream_seed
 from dhf.objective import Objective, require_objective
@@ -86,6 +86,9 @@ class HessianFree(torch.optim.Optimizer):
             1 Gbit/s, 0.25 repays; on faster ones it costs more than it hides.
         reduce_dtype: ``"bfloat16"`` has ranks send products of cg at half the bytes of float32; ``"full"`` by default.
         products: ``"retained"`` (the default), ``"traced"``, ``"compiled"`` or ``"auto"``, as in :class:`dhf.Hessian`.
+        retain: Which micro-batches keep their graphs during a solve, on each rank: ``"all"``, ``"none"``, as many as fit into so
+            many bytes (a number, or a text such as ``"2GiB"``), or ``"auto"``, the default: into the memory that is available.
+            The others' are rebuilt for each product. Where memory runs out, less is kept, with a warning.
         seed: Names the random streams (dropout masks, sampled labels, sub-samples, probes); the same on all ranks.
         debug_nonfinite: Whether to search for the sample where a loss, gradient or product is not finite.
         coordinator: How ranks agree; made from ``comm`` by default.
@@ -140,6 +143,7 @@ class HessianFree(torch.optim.Optimizer):
         bucket_mb: float | None = None,
         reduce_dtype: str | None = None,
         products: str | None = None,
+        retain: str | int | None = None,
         seed: int = 0,
         debug_nonfinite: bool = False,
         coordinator: Coordinator | None = None,
@@ -162,6 +166,8 @@ class HessianFree(torch.optim.Optimizer):
         self._forcing: tuple[float, float] | None = None  # the last gradient norm and forcing term
         self._eps = torch.finfo(self.parameters.dtype).eps
         self._verify, self._solver_is_open = True, self.settings.solver == "auto"
+        self._retention: Retention | None = None
+        self._graphs_told: tuple[int, int] | None = None  # kept and in all, as last noted
         super().__init__(self.parameters.tensors, {})
 
     @property
@@ -248,6 +254,22 @@ class HessianFree(torch.optim.Optimizer):
             self.settings = dataclasses.replace(self.settings, vectors=vectors)
             self.notes += note
 
+    def _policy(self) -> Retention:
+        """The memory policy, made once, with what it has learned since. Collective, when it is called first."""
+        if self._retention is None:
+            sharers = 1 if self.parameters.device.type == "cuda" else self.coordinator.ranks_here()
+            self._retention = Retention(self.settings.retain, sharers=sharers)
+        return self._retention
+
+    def _note_graphs(self, work: Linearisation) -> None:
+        """Say how many graphs are kept, where they are not all, and when that changes."""
+        now = work.retained, work.micro_batches
+        if work.retained < work.micro_batches and now != self._graphs_told:
+            self._graphs_told = now
+            self.notes.append(
+                f"graphs of {now[0]} of {now[1]} micro-batches are kept during a solve, the others rebuilt for each product"
+            )
+
     def _take_iterative(self, why: str) -> None:
         self._take_solver("cgls" if self.objective.is_least_squares else "cg", why)
         self.notes.append(f"preconditioner {name_of(self.settings.preconditioner)}")
@@ -268,6 +290,7 @@ class HessianFree(torch.optim.Optimizer):
             work = self._linearise(shard)
             solve = work.solve(self._bounds)
         self._verify = self._solver_is_open = False
+        self._note_graphs(work)
         if solve is None:
             return self._report(work, Reason.GRADIENT_ZERO, None)
         if solve.reason in _NOT_TAKEN:
@@ -287,6 +310,7 @@ class HessianFree(torch.optim.Optimizer):
             debug_nonfinite=self._debug_nonfinite,
             verify=self._verify,
             tell=self._note,
+            retention=self._policy(),
         )
 
     def _note(self, words: str) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dhf.coordinator import Coordinator
-from dhf.curvature import FisherGraph, GaussNewtonGraph, GradientGraph, HessianGraph, NonFinite
+from dhf.curvature import FisherGraph, GaussNewtonGraph, GradientGraph, HessianGraph, NonFinite, Retention
 from dhf.curvature.shard import BuildGraph
 from dhf.curvature.traced import graph_builder
 from dhf.errors import NonFiniteError
@@ -68,12 +68,14 @@ class Linearisation:
         debug_nonfinite: Whether to search for the sample where a product is not finite.
         verify: Whether a direct solver compares single samples with their batch.
         tell: Called with a sentence where products are taken in another way than asked for; warns by default.
+        retention: Which graphs are kept.
 
     Attributes:
         theta: The parameters, shape (n,).
         loss, gradient, gradient_norm: The global objective's, there; known after :meth:`solve`.
         space: How gradient and solutions are stored.
         products: Curvature products taken.
+        micro_batches, retained: Those of all ranks in the solve, and those of them whose graphs were kept to its end.
         solve_again: Solves the same model with another damping, where that needs no graph; None otherwise.
     """
 
@@ -95,13 +97,15 @@ class Linearisation:
         debug_nonfinite: bool = False,
         verify: bool = True,
         tell: Callable[[str], None] | None = None,
+        retention: Retention | None = None,
     ) -> None:
         self.objective, self.parameters, self.coordinator = objective, parameters, coordinator
         self.settings, self.shard, self.seed = settings, shard, seed
         self._precondition, self._debug, self._verify = precondition, debug_nonfinite, verify
         self._tell = tell
         self.theta = parameters.read()
-        self.products = 0
+        self._retention = retention or Retention()
+        self.products = self.micro_batches = self.retained = 0
         self.non_finite: dict[int, NonFinite | None] = {}
         self.solve_again: Callable[[float], Solution] | None = None
 
@@ -154,6 +158,7 @@ class Linearisation:
             shifted = operator.compressed(within.damping) if rounded else operator.shifted(within.damping)
             solution = solve(shifted, -self.gradient, x0=start, **options)
         self.products = operator.products
+        self.micro_batches, self.retained = operator.micro_batches, operator.retained
         if solution.reason is Reason.NON_FINITE:
             self.non_finite = operator.non_finite
         return solution
@@ -174,6 +179,7 @@ class Linearisation:
             "debug_nonfinite": self._debug,
             "vectors": self.settings.vectors,
             "bucket_bytes": int(self.settings.bucket_mb * 1e6) or None,
+            "retain": self._retention,
         }
         if self.settings.solver == "cgls" and build is not GradientGraph:
             return ResidualJacobian(self.objective, shard, build=build, **options)

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from dhf.curvature.retention import check_retain
 from dhf.curvature.traced import PRODUCTS
 from dhf.errors import UsageError
 from dhf.losses import BinaryCrossEntropy, CrossEntropy, MeanSquaredError
@@ -70,6 +71,7 @@ class Settings:
         bucket_mb: Megabytes from which on a product's all-reduce is cut into parts that start early; 0 for one at the end.
         products: ``"retained"``, ``"traced"``, ``"compiled"`` or ``"auto"``.
         reduce_dtype: ``"full"``, or ``"bfloat16"`` for the products of cg.
+        retain: Which micro-batches keep their graphs: ``"all"``, ``"none"``, ``"auto"``, or bytes that graphs may take on a rank.
     """
 
     curvature: str = "ggn"
@@ -93,6 +95,7 @@ class Settings:
     bucket_mb: float = 0.0
     reduce_dtype: str = "full"
     products: str = "retained"
+    retain: Any = "auto"
 
 
 PRESETS = {
@@ -186,6 +189,7 @@ def _check(s: Settings, objective: Objective) -> None:
     _check_choice("vectors", s.vectors, VECTORS)
     _check_choice("reduce_dtype", s.reduce_dtype, REDUCE_DTYPES)
     _check_choice("products", s.products, PRODUCTS)
+    check_retain(s.retain)
     if not 0 <= s.bucket_mb < float("inf"):
         raise UsageError(f"bucket_mb must be finite and not negative, got {s.bucket_mb}")
     if s.reduce_dtype != "full" and (s.solver != "cg" or s.vectors == "sharded"):

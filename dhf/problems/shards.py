@@ -105,6 +105,13 @@ class Shard:
             self._whole = self._fetch(np.arange(self.samples), 0)
         return self._whole
 
+    def first(self, step: int, number: int) -> Any | None:
+        """The first samples of this rank's part of a step, at most so many, as one micro-batch; None if it has none."""
+        whole = self._batch == self.samples
+        order = np.arange(self.samples) if whole else self._order(step)
+        mine = np.array_split(order, self._size)[self._rank][:number]
+        return self._batch_of(mine, 0 if whole else step) if len(mine) else None
+
     def _order(self, step: int) -> np.ndarray:
         per_epoch = -(-self.samples // self._batch)
         epoch, place = divmod(step, per_epoch)

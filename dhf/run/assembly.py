@@ -74,7 +74,7 @@ def for_phase(problem: Problem, phase: Phase, comm: Communicator, coordinator: C
         size=comm.size,
         device=comm.device,
         dtype=Parameters(problem.objective.module).dtype,
-        micro_batch_size=config.micro_batch_size,
+        micro_batch_size=None if config.micro_batch_size == "auto" else config.micro_batch_size,
     )
     return Parts(
         problem,

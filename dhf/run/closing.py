@@ -41,6 +41,7 @@ class Ending:
         factorised: Whether matrices were formed and factorised.
         ranks: How many took part.
         pace: The slowest rank in words, or nothing.
+        peak_memory_mb: The most memory that a rank has held at once, in 10⁶ bytes.
         fallbacks: How many steps needed more damping, and how many the gradient.
     """
 
@@ -61,6 +62,7 @@ class Ending:
     factorised: bool
     ranks: int
     pace: str
+    peak_memory_mb: float
     fallbacks: Mapping[str, int]
 
 
@@ -79,6 +81,7 @@ def write_result(ending: Ending, directory: RunDirectory, monitor: Monitor) -> N
         "wall_time": ending.seconds_before + ending.seconds,
         "world_size": ending.ranks,
         "products": ending.products,
+        "peak_memory_mb": ending.peak_memory_mb,
         "fallbacks": dict(ending.fallbacks),
         "failed_rank": ending.failed_rank,
         "error": None if ending.failure is None else in_words(ending.failure),

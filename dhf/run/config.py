@@ -10,6 +10,7 @@ from typing import Any, Literal
 import jsonargparse
 import yaml
 
+from dhf.byte_size import parse_bytes
 from dhf.errors import UsageError
 from dhf.run.flags import Group, add_fields, in_words, make_parser, nearest
 from dhf.run.signals import signal_number
@@ -61,7 +62,10 @@ class Config:
     problem: str = _data("digits-autoencoder", "a built-in problem (above), or FILE.py:FUNCTION")
     options: dict = _data({}, "arguments of the problem's function: --options.KEY VALUE")
     batch_size: int | None = _data(None, "samples per step over all ranks; all of them by default")
-    micro_batch_size: int | None = _data(None, "samples differentiated at once; a rank's whole share by default")
+    micro_batch_size: int | Literal["auto"] | None = _data(
+        None,
+        "samples differentiated at once; a rank's whole share by default; auto finds the fastest that fits into memory",
+    )
     weight_decay: float | None = _data(
         None, "coefficient of half the squared norm of the parameters; the problem's own by default"
     )
@@ -113,6 +117,10 @@ class Config:
     reduce_dtype: Literal["full", "bfloat16"] | None = _ranks(None, "in which ranks send products of cg")
     products: Literal["retained", "traced", "compiled", "auto"] | None = _hf(
         None, "how products are taken: on autograd's graph, by a recording, by a compiled one; auto times the first two"
+    )
+    retain: int | str | None = _ranks(
+        None,
+        "graphs kept during a solve: all, none, as many as fit into a size such as 2GiB on each rank, or auto (by default)",
     )
     threads: int | None = _ranks(None, "threads per rank; the cores shared out by default")
     timeout: float = _ranks(300.0, "seconds to wait for a rank before giving up")
@@ -247,7 +255,7 @@ def _check(config: Config) -> None:
     )
     for name in positive:
         value = getattr(config, name)
-        if value is not None and not 0 < value < math.inf:
+        if value is not None and value != "auto" and not 0 < value < math.inf:
             raise UsageError(f"--{name.replace('_', '-')} must be positive and finite, got {value}")
     for name in ("steps", "checkpoint_every", "weight_decay", "seed"):
         value = getattr(config, name)
@@ -257,6 +265,12 @@ def _check(config: Config) -> None:
         raise UsageError(f"--curvature-fraction must be in (0, 1], got {config.curvature_fraction}")
     if config.cg_rtol is not None and not 0 <= config.cg_rtol < 1:
         raise UsageError(f"--cg-rtol must be in [0, 1), got {config.cg_rtol}")
+    if config.retain is not None and config.retain not in ("all", "none", "auto"):
+        size = parse_bytes(str(config.retain))
+        if size is None or (isinstance(config.retain, int) and config.retain < 0):
+            raise UsageError(
+                f"--retain {config.retain} is unknown; give all, none, auto, or a size such as 2GiB or 500MB"
+            )
     if config.target_loss is not None and not math.isfinite(config.target_loss):
         raise UsageError(f"--target-loss must be finite, got {config.target_loss}")
     for name in config.stop_signals.split(","):

@@ -109,6 +109,8 @@ def _plain_type_error(text: str) -> str:
     value = re.search(r"(?:Got|Given) value: (.*)$", rest)
     choices = re.search(r"Expected a typing\.Literal\[([^]]*)\]", rest)
     kind = re.search(r"Expected a <class '(\w+)'>", rest)
+    if value and kind and choices and kind[1] in _KINDS:
+        return f"{flag} must be {_KINDS[kind[1]]} or {choices[1].replace(chr(39), '')}, got {value[1]!r}"
     if value and choices:
         return f"{flag} {value[1]!r} is unknown; choose from {choices[1].replace(chr(39), '')}"
     if value and kind and kind[1] in _KINDS:
@@ -119,7 +121,7 @@ def _plain_type_error(text: str) -> str:
 def _metavar(hint: Any) -> str:
     """What stands for the value in the help."""
     if get_origin(hint) in (Union, types.UnionType):
-        hint = next(kind for kind in get_args(hint) if kind is not types.NoneType)
+        return "|".join(_metavar(kind) for kind in get_args(hint) if kind is not types.NoneType)
     if get_origin(hint) is Literal:
         return "{" + ",".join(get_args(hint)) + "}"
     return {int: "N", float: "X", str: "TEXT", bool: "{true,false}"}.get(hint, "YAML")

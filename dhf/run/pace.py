@@ -1,4 +1,4 @@
-"""Pace: each rank's own work and its waiting for others, and the rank that the others wait for."""
+"""Pace: each rank's own work and its waiting for others, the rank that the others wait for, and the memory it all takes."""
 
 from __future__ import annotations
 
@@ -6,35 +6,44 @@ import statistics
 from typing import Any
 
 from dhf.coordinator import Coordinator
+from dhf.memory import peak_memory
 from dhf.optim import StepReport
 
 __all__ = ["Pace"]
 
 
 class Pace:
-    """Gathers seconds per rank, step by step. On a GPU with NCCL, queued work counts as the rank's own.
+    """Gathers seconds and memory per rank, step by step. On a GPU with NCCL, queued work counts as the rank's own.
 
     Args:
         coordinator: How ranks talk.
+
+    Attributes:
+        peak_memory_mb: The most that a rank has held at once so far, in 10⁶ bytes: resident memory of the process, or what torch
+            has allocated on a GPU.
     """
 
     def __init__(self, coordinator: Coordinator) -> None:
         self._coordinator = coordinator
         self._totals = [0.0] * coordinator.comm.size
+        self.peak_memory_mb = 0.0
 
     def note(self, report: StepReport) -> dict[str, Any]:
         """A step's seconds of every rank; every rank calls it. Metrics by name, the same on every rank."""
         comm = self._coordinator.comm
-        mine = [0.0] * (2 * comm.size)
+        mine = [0.0] * (3 * comm.size)
         mine[comm.rank] = report.seconds - report.seconds_waiting
         mine[comm.size + comm.rank] = report.seconds_waiting
+        mine[2 * comm.size + comm.rank] = peak_memory(comm.device) / 1e6
         gathered = self._coordinator.reduce(mine)
-        own, waiting = gathered[: comm.size], gathered[comm.size :]
+        own, waiting, memory = (gathered[i * comm.size : (i + 1) * comm.size] for i in range(3))
+        self.peak_memory_mb = round(max(memory), 1)
         self._totals = [total + seconds for total, seconds in zip(self._totals, own, strict=True)]
         return {
             "own_seconds": [round(s, 6) for s in own],
             "waiting_seconds": [round(s, 6) for s in waiting],
             "slowest_rank": own.index(max(own)),
+            "peak_memory_mb": self.peak_memory_mb,
         }
 
     def words(self) -> str:

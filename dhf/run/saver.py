@@ -41,6 +41,10 @@ class Saver:
         self.last_step: int | None = None
         self.notes: list[str] = []
 
+    def settle(self, config: Config) -> None:
+        """Write these settings into checkpoints: something that was left open has been decided."""
+        self._config = config
+
     def choose(self) -> tuple[Path, dict[str, Any]] | None:
         """What to go on from, the same on every rank, or None to start anew; ``notes`` tells what a person should know.
 

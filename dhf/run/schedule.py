@@ -105,6 +105,11 @@ class Schedule:
         budget = self.phase.time_budget
         self.out_of_time = budget is not None and self._seconds_before >= budget
 
+    def settle(self, config: Config) -> None:
+        """Go on with settings in which something that was left open has been decided; the phases are the same."""
+        self._config, self.phases = config, _phases(config)
+        self.phase = self.phases[self.phase.number - 1]
+
     def start(self) -> None:
         """Start the clocks of the run and of the phase it is in."""
         self._began = self._entered = time.monotonic()

@@ -24,12 +24,13 @@ from dhf.run.config import Config, to_yaml
 from dhf.run.directory import RunDirectory, default_directory
 from dhf.run.dry_run import in_lines, measure
 from dhf.run.metrics import extra_metrics, step_row
+from dhf.run.micro_batches import choose_size, settled, written_size
 from dhf.run.monitor import Monitor
 from dhf.run.outcome import EXIT_DONE, EXIT_RANKS, SHARED, exit_code, explain, reason_of, speaker
 from dhf.run.pace import Pace
 from dhf.run.preflight import require_same_problem, require_same_settings
 from dhf.run.saver import Saver
-from dhf.run.schedule import Progress, Schedule
+from dhf.run.schedule import Phase, Progress, Schedule
 from dhf.run.signals import StopSignals
 
 __all__ = ["Trainer"]
@@ -94,6 +95,8 @@ class Trainer:
         )
         self.objective = self.parts.problem.objective
         require_same_problem(self.coordinator, self.objective, self.parts.train, self.parts.validation)
+        self._settle_micro_batches(None if checkpoint is None else checkpoint[1]["config"])
+        config = self.config
         if checkpoint is not None:
             self.coordinator.attempt(lambda: self.saver.restore(self.parts, *checkpoint))
         self._say_where_it_starts(checkpoint)
@@ -138,12 +141,37 @@ class Trainer:
         return EXIT_DONE
 
     def _say_needs(self) -> None:
-        train = self.parts.train
+        train, ranks_here = self.parts.train, self.coordinator.ranks_here()
         needs = self.coordinator.attempt(
-            lambda: measure(self.objective, train.batches(self.step), self.parts.optimizer)
+            lambda: measure(self.objective, train.batches(self.step), self.parts.optimizer, ranks_here)
         )
         for line in in_lines(self.comm.gather_objects(needs), train, self._dtype()):
             self.monitor.say(line)
+
+    def _settle_micro_batches(self, written: dict[str, Any] | None) -> None:
+        """Decide the micro-batch sizes that were left to measurement: by the checkpoint or an earlier attempt, if any."""
+        sizes: dict[int, int] = {}
+        for phase in [self.schedule.phase, *self.schedule.later()]:
+            if phase.config.micro_batch_size != "auto":
+                continue
+            name = f"micro-batch-size-{phase.number}"
+            before = self.comm.remember(name, "") if self.leads else ""
+            size = written_size(written, phase.number) or int(self.comm.gather_objects(before)[0] or 0)
+            if not size:
+                parts = self.parts if phase is self.schedule.phase else self._parts_of(phase)
+                size, note = choose_size(parts, self.coordinator, self.step)
+                self.monitor.say(f"{phase.prefix}{note}")
+                if self.leads:
+                    self.comm.remember(name, str(size))
+            sizes[phase.number] = size
+        if sizes:
+            self.config = settled(self.config, sizes)
+            self.schedule.settle(self.config)
+            self.saver.settle(self.config)
+            self.parts = self._parts_of(self.schedule.phase)
+
+    def _parts_of(self, phase: Phase) -> Parts:
+        return self.coordinator.attempt(lambda: for_phase(self.parts.problem, phase, self.comm, self.coordinator))
 
     def _next_phase(self) -> None:
         """Go on with the next phase: its batches, and its optimizer from the start."""
@@ -151,9 +179,7 @@ class Trainer:
         early = f" ({before.prefix}out of time after {steps} steps)" if self.schedule.out_of_time else ""
         self.schedule.leave()
         following = self.schedule.later()[0]
-        self.parts = self.coordinator.attempt(
-            lambda: for_phase(self.parts.problem, following, self.comm, self.coordinator)
-        )
+        self.parts = self._parts_of(following)
         self.schedule.enter(following, self.step)
         self.failed_steps = self._notes_said = 0
         self._say_phase(early)
@@ -329,6 +355,7 @@ class Trainer:
             self.factorised,
             self.comm.size,
             self.pace.words(),
+            self.pace.peak_memory_mb,
             dict(self.fallbacks),
         )
 

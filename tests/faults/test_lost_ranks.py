@@ -18,6 +18,7 @@ FREE = (
     "own_seconds",
     "waiting_seconds",
     "slowest_rank",
+    "peak_memory_mb",
     "resident",
     "files",
 )  # what two equal runs differ in

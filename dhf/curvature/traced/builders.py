@@ -11,6 +11,7 @@ What cannot be recorded is retained, and what cannot be compiled traced.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import time
@@ -29,6 +30,7 @@ from dhf.curvature.traced.program import CannotCompile
 from dhf.curvature.traced.recording import CannotRecord
 from dhf.errors import UsageError
 from dhf.evaluation import moving_buffers
+from dhf.memory import ran_out_of_memory
 from dhf.objective import Objective
 from dhf.parameters import Parameters
 
@@ -38,7 +40,8 @@ PRODUCTS = ("retained", "traced", "compiled", "auto")
 
 Program = Any  # of one of the two
 _KINDS: dict[type, Any] = {HessianGraph: TracedHessian, GaussNewtonGraph: TracedGaussNewton}
-_programs: weakref.WeakKeyDictionary[Objective, dict[Any, Program | None]] = weakref.WeakKeyDictionary()
+# for each shape of micro-batch its recording, None where retaining is faster, or why there is none
+_programs: weakref.WeakKeyDictionary[Objective, dict[Any, Program | str | None]] = weakref.WeakKeyDictionary()
 _MOST = 16  # recordings of an objective
 _TURNS = 5
 
@@ -66,32 +69,58 @@ def _warn(words: str) -> None:
 class _Recorded:
     def __init__(self, kind: type, products: str, tell: Callable[[str], None]) -> None:
         self._kind, self._products, self._tell = kind, products, tell
+        self._said: set[str] = set()
         self.__name__ = f"{products} {kind.__name__}"
+        along = getattr(kind, "along", None)
+        if along is not None:  # a graph for one product is not worth a recording's build
+            self.along = along
 
     def __call__(self, objective: Objective, parameters: Parameters, batch: Any) -> Any:
-        known = _programs.setdefault(objective, {})
         try:
             data = _tensors(batch)
-            key = self._key(objective, parameters, data, batch)
-            if key not in known:
-                if len(known) >= _MOST:
-                    raise CannotRecord(f"comes in more than {_MOST} shapes of micro-batch")
-                known[key] = None  # until there is one
-                known[key] = self._program(objective, parameters, batch, data)
-            program = known[key]
+            program = self._recording_for(objective, parameters, batch, data)
             if program is not None:
                 graph = program.build(objective, parameters, batch, data)
                 if graph.agrees(objective, batch) and self._is_confirmed(program, graph, objective, parameters, batch):
                     return graph
-                known[key] = None
-                raise CannotRecord(
-                    "gives other numbers than its recording: it depends on more than parameters, buffers and batch"
-                )
+                words = "gives other numbers than its recording: it depends on more than parameters, buffers and batch"
+                _programs[objective][self._key(objective, parameters, data, batch)] = words
+                raise CannotRecord(words)
         except CannotRecord as refusal:
-            graph = self._kind(objective, parameters, batch)  # first, for what is wrong with the objective itself
-            self._tell(f"products are retained, not {self._products}, since the objective {refusal}")
+            try:  # first, for what is wrong with the batch itself
+                graph = self._kind(objective, parameters, batch)
+            except Exception:
+                _programs.pop(objective, None)  # another batch may be recorded
+                raise
+            self._say(f"products are retained, not {self._products}, since the objective {refusal}")
             return graph
         return self._kind(objective, parameters, batch)
+
+    def _recording_for(
+        self, objective: Objective, parameters: Parameters, batch: Any, data: Sequence[Tensor]
+    ) -> Program | None:
+        known = _programs.setdefault(objective, {})
+        key = self._key(objective, parameters, data, batch)
+        if key not in known:
+            if len(known) >= _MOST:
+                raise CannotRecord(f"comes in more than {_MOST} shapes of micro-batch")
+            try:
+                known[key] = self._program(objective, parameters, batch, data)
+            except CannotRecord as refusal:
+                known[key] = refusal.args[0]
+        if isinstance(known[key], str):
+            raise CannotRecord(known[key])
+        return known[key]
+
+    def _say(self, words: str) -> None:
+        if words not in self._said:
+            self._said.add(words)
+            self._tell(words)
+
+    def prepare(self, objective: Objective, parameters: Parameters, batch: Any) -> None:
+        """Record, if that is still to be done and can be."""
+        with contextlib.suppress(CannotRecord):
+            self._recording_for(objective, parameters, batch, _tensors(batch))
 
     def _is_confirmed(
         self, program: Program, graph: Any, objective: Objective, parameters: Parameters, batch: Any
@@ -118,10 +147,13 @@ class _Recorded:
                 program = make(compiled=self._products == "compiled")
             except CannotCompile as reason:
                 program = make(compiled=False)
-                self._tell(f"products are traced, not compiled, since {reason}")
+                self._say(f"products are traced, not compiled, since {reason}")
         except (CannotRecord, UsageError):
             raise
-        except Exception as error:  # the objective's own, then it comes again, or something that cannot be recorded
+        except Exception as error:
+            if ran_out_of_memory(error):
+                raise
+            # the objective's own, then it comes again, or something that cannot be recorded
             words = (str(error).splitlines() or [""])[0]
             raise CannotRecord(f"cannot be recorded ({type(error).__name__}: {words})") from error
         if self._products == "auto":

@@ -15,6 +15,7 @@ from dhf.curvature.traced.rewriting import add_in_products, apply_once_to_many, 
 
 __all__ = ["Built", "CannotCompile", "Program"]
 
+Built = list[list[Tensor]]  # what a build has left for each map
 Function = Callable[..., Sequence[Tensor]]
 PASSES = [join_sums, apply_once_to_many, add_in_products, weight_gradients, biases_within, channels_last]
 _LONGEST = 1000  # operations; a compiler takes minutes for more
@@ -22,13 +23,6 @@ _LONGEST = 1000  # operations; a compiler takes minutes for more
 
 class CannotCompile(Exception):
     """A recording that is to be replayed one operation at a time; the message is a clause that says why."""
-
-
-class Built:
-    """What a build has left for the maps."""
-
-    def __init__(self, taken: Sequence[Sequence[Tensor]]) -> None:
-        self.taken = taken
 
 
 class Program:
@@ -67,18 +61,18 @@ class Program:
         values = list(self._build(*given))
         residuals = values[self._heads :]
         taken = [[given[i] if i >= 0 else residuals[-1 - i] for i in needed] for needed in self._cut.needs]
-        return values[: self._heads], Built(taken)
+        return values[: self._heads], taken
 
     @torch.no_grad()
     def apply(self, index: int, built: Built, vector: Sequence[Tensor]) -> Sequence[Tensor]:
         """A map's outputs."""
-        return self._maps[index](*built.taken[index], *vector)
+        return self._maps[index](*built[index], *vector)
 
     @torch.no_grad()
     def compile_maps(self, built: Built, vectors: Sequence[Sequence[Tensor]]) -> None:
         """Compile the maps for what a build has left, whose strides are the compiler's own."""
         if self._uncompiled:
-            pieces = zip(self._cut.maps, built.taken, vectors, strict=True)
+            pieces = zip(self._cut.maps, built, vectors, strict=True)
             self._maps = [_compiled(graph, [*taken, *vector]) for graph, taken, vector in pieces]
             self._uncompiled = False
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dhf
+from dhf.curvature import Retention
 from dhf.curvature.traced import builders, program
 from tests.distributed.test_parity import compare
 from tests.models import (
@@ -301,7 +302,7 @@ def test_many_steps_are_joined(name: str, monkeypatch: pytest.MonkeyPatch) -> No
 
 def operations(objective: dhf.Objective) -> Counter[Any]:
     """How often each operation is run for a product, over all recordings of an objective."""
-    maps = [graph for found in builders._programs[objective].values() for graph in found._program._cut.maps]
+    maps = [graph for found in builders._programs[objective].values() for graph in found._program._cut.maps]  # type: ignore
     return Counter(node.target for graph in maps for node in graph.nodes)
 
 
@@ -477,6 +478,26 @@ def test_auto_takes_one_of_the_two(kind: str) -> None:
             assert relative_error(dense(A), truth(kind, objective, batch, "cross_entropy")) < 1e-9
 
 
+@pytest.mark.parametrize("retain", ["none", "20kB"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_recordings_that_are_not_kept(kind: str, retain: str) -> None:
+    objective, batch = problem("mlp", "cross_entropy", samples=60)
+    with KINDS[kind](objective, split(batch, [20, 20, 20]), products="traced", retain=retain) as A:
+        assert A.retained < 3
+        assert relative_error(dense(A), truth(kind, objective, batch, "cross_entropy")) < 1e-9
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_recording_keeps_is_measured(kind: str) -> None:
+    objective, batch = problem("mlp", "cross_entropy", samples=200)
+    rates = {}
+    for products in ("retained", "traced"):
+        policy = Retention(2**40)
+        with KINDS[kind](objective, split(batch, [100, 100]), products=products, retain=policy):
+            rates[products] = policy.rate
+    assert 0 < rates["traced"] < 1.1 * rates["retained"]  # less, as a rule
+
+
 # compiled
 
 
@@ -528,6 +549,7 @@ def test_what_is_too_long_to_compile_is_traced(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("products", ["traced", "compiled"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("model", ["mlp", "cnn", "gru", "attention"])
