@@ -27,9 +27,9 @@ class Hessian(GlobalOperator):
         batches: This rank's micro-batches.
         comm: How ranks talk; one process by default.
         products: ``"retained"``: autograd's graph, differentiated once more for each product; ``"traced"``: its operations,
-            recorded once for each shape of micro-batch and replayed; ``"compiled"``: the same, compiled; ``"auto"``: retained
-            or traced, whichever takes less time. What cannot be compiled is traced, and what cannot be recorded retained, with a
-            warning.
+            recorded once for each shape of micro-batch and replayed; ``"compiled"``: the same, compiled; ``"auto"``: traced
+            on a CPU for modules with convolutions or recurrent layers, else retained. What cannot be compiled is traced, and
+            what cannot be recorded retained, with a warning.
         **options: ``seed``, ``coordinator``, ``move_buffers``, ``debug_nonfinite``, ``retain`` as in :class:`GlobalOperator`.
 
     Example:

@@ -85,7 +85,7 @@ class HessianFree(torch.optim.Optimizer):
             megabytes, which start while the product is still being computed; 0, the default, for one at the end. On a network of
             1 Gbit/s, 0.25 repays; on faster ones it costs more than it hides.
         reduce_dtype: ``"bfloat16"`` has ranks send products of cg at half the bytes of float32; ``"full"`` by default.
-        products: ``"retained"`` (the default), ``"traced"``, ``"compiled"`` or ``"auto"``, as in :class:`dhf.Hessian`.
+        products: ``"retained"``, ``"traced"``, ``"compiled"`` or ``"auto"`` (the default), as in :class:`dhf.Hessian`.
         retain: Which micro-batches keep their graphs during a solve, on each rank: ``"all"``, ``"none"``, as many as fit into so
             many bytes (a number, or a text such as ``"2GiB"``), or ``"auto"``, the default: into the memory that is available.
             The others' are rebuilt for each product. Where memory runs out, less is kept, with a warning.

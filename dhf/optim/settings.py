@@ -94,7 +94,7 @@ class Settings:
     vectors: str = "auto"
     bucket_mb: float = 0.0
     reduce_dtype: str = "full"
-    products: str = "retained"
+    products: str = "auto"
     retain: Any = "auto"
 
 

@@ -116,7 +116,7 @@ class Config:
     )
     reduce_dtype: Literal["full", "bfloat16"] | None = _ranks(None, "in which ranks send products of cg")
     products: Literal["retained", "traced", "compiled", "auto"] | None = _hf(
-        None, "how products are taken: on autograd's graph, by a recording, by a compiled one; auto times the first two"
+        None, "how products are taken: on autograd's graph, by a recording, by a compiled one; auto goes by the layers"
     )
     retain: int | str | None = _ranks(
         None,

@@ -470,15 +470,25 @@ def test_an_unknown_way_is_refused() -> None:
         dhf.HessianFree(objective, products="jitted")
 
 
+@pytest.mark.parametrize(("model", "recordings"), [("mlp", 0), ("encoder", 0), ("cnn", 1), ("gru", 1)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_auto_takes_one_of_the_two(kind: str) -> None:
-    objective, batch = problem("mlp", "cross_entropy")
-    for _ in range(2):
-        with KINDS[kind](objective, [batch], products="auto") as A:
-            assert relative_error(dense(A), truth(kind, objective, batch, "cross_entropy")) < 1e-9
+def test_auto_goes_by_the_layers(kind: str, model: str, recordings: int) -> None:
+    objective, batch = problem(model, "cross_entropy")
+    with KINDS[kind](objective, [batch], products="auto") as A:
+        assert relative_error(dense(A), truth(kind, objective, batch, "cross_entropy")) < 1e-9
+    assert len(builders._programs.get(objective, {})) == recordings
 
 
-@pytest.mark.parametrize("retain", ["none", "20kB"])
+def test_auto_retains_without_a_word() -> None:
+    module = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Dropout(0.5), nn.Flatten()).double()
+    batch = torch.randn(3, 1, 4, 4, dtype=torch.float64), torch.randn(3, 8, dtype=torch.float64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with dhf.Hessian(dhf.Objective(module, nn.MSELoss()), [batch], products="auto") as A:
+            A @ A.gradient
+
+
+@pytest.mark.parametrize("retain", ["none", "8kB"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_recordings_that_are_not_kept(kind: str, retain: str) -> None:
     objective, batch = problem("mlp", "cross_entropy", samples=60)
@@ -495,7 +505,7 @@ def test_what_a_recording_keeps_is_measured(kind: str) -> None:
         policy = Retention(2**40)
         with KINDS[kind](objective, split(batch, [100, 100]), products=products, retain=policy):
             rates[products] = policy.rate
-    assert 0 < rates["traced"] < 1.1 * rates["retained"]  # less, as a rule
+    assert 0 < rates["traced"] < 1.6 * rates["retained"]  # not also the graphs that a recording is made from
 
 
 # compiled

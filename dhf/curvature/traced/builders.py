@@ -3,7 +3,8 @@
     retained    autograd's own graph, differentiated once more for every product
     traced      the operations of one product, recorded; those that depend on the vector are replayed
     compiled    the same, compiled
-    auto        retained or traced, whichever takes less time
+    auto        traced on a CPU where the module has convolutions or recurrent layers, of which autograd's second derivatives
+                are slow; retained elsewhere, where a recording saves a few percent
 
 A recording belongs to an objective and to the shapes of a micro-batch, and serves all micro-batches and steps of these shapes.
 What cannot be recorded is retained, and what cannot be compiled traced.
@@ -14,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import time
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -40,10 +40,10 @@ PRODUCTS = ("retained", "traced", "compiled", "auto")
 
 Program = Any  # of one of the two
 _KINDS: dict[type, Any] = {HessianGraph: TracedHessian, GaussNewtonGraph: TracedGaussNewton}
-# for each shape of micro-batch its recording, None where retaining is faster, or why there is none
-_programs: weakref.WeakKeyDictionary[Objective, dict[Any, Program | str | None]] = weakref.WeakKeyDictionary()
+# for each shape of micro-batch its recording, or why there is none
+_programs: weakref.WeakKeyDictionary[Objective, dict[Any, Program | str]] = weakref.WeakKeyDictionary()
+_SLOW = (torch.nn.modules.conv._ConvNd, torch.nn.RNNBase, torch.nn.RNNCellBase)  # by autograd
 _MOST = 16  # recordings of an objective
-_TURNS = 5
 
 
 def graph_builder(kind: type, products: str, tell: Callable[[str], None] | None = None) -> Any:
@@ -52,7 +52,7 @@ def graph_builder(kind: type, products: str, tell: Callable[[str], None] | None 
     Args:
         kind: HessianGraph or GaussNewtonGraph.
         products: One of :data:`PRODUCTS`.
-        tell: Called with a sentence where products are taken in another way than asked for; warns by default.
+        tell: Called with a sentence where products are taken in another way than asked for by name; warns by default.
 
     Raises:
         UsageError: If there is no such way.
@@ -68,24 +68,26 @@ def _warn(words: str) -> None:
 
 class _Recorded:
     def __init__(self, kind: type, products: str, tell: Callable[[str], None]) -> None:
-        self._kind, self._products, self._tell = kind, products, tell
+        self._by_rule = products == "auto"
+        self._kind, self._products, self._tell = kind, "traced" if self._by_rule else products, tell
         self._said: set[str] = set()
-        self.__name__ = f"{products} {kind.__name__}"
+        self.__name__ = f"{self._products} {kind.__name__}"
         along = getattr(kind, "along", None)
         if along is not None:  # a graph for one product is not worth a recording's build
             self.along = along
 
     def __call__(self, objective: Objective, parameters: Parameters, batch: Any) -> Any:
+        if not self._is_for(objective, parameters):
+            return self._kind(objective, parameters, batch)
         try:
             data = _tensors(batch)
             program = self._recording_for(objective, parameters, batch, data)
-            if program is not None:
-                graph = program.build(objective, parameters, batch, data)
-                if graph.agrees(objective, batch) and self._is_confirmed(program, graph, objective, parameters, batch):
-                    return graph
-                words = "gives other numbers than its recording: it depends on more than parameters, buffers and batch"
-                _programs[objective][self._key(objective, parameters, data, batch)] = words
-                raise CannotRecord(words)
+            graph = program.build(objective, parameters, batch, data)
+            if graph.agrees and self._is_confirmed(program, graph, objective, parameters, batch):
+                return graph
+            words = "gives other numbers than its recording: it depends on more than parameters, buffers and batch"
+            _programs[objective][self._key(objective, parameters, data, batch)] = words
+            raise CannotRecord(words)
         except CannotRecord as refusal:
             try:  # first, for what is wrong with the batch itself
                 graph = self._kind(objective, parameters, batch)
@@ -94,11 +96,15 @@ class _Recorded:
                 raise
             self._say(f"products are retained, not {self._products}, since the objective {refusal}")
             return graph
-        return self._kind(objective, parameters, batch)
+
+    def _is_for(self, objective: Objective, parameters: Parameters) -> bool:
+        # by rule on a CPU alone, on which it has been measured
+        slow = parameters.device.type == "cpu" and any(isinstance(m, _SLOW) for m in objective.module.modules())
+        return slow or not self._by_rule
 
     def _recording_for(
         self, objective: Objective, parameters: Parameters, batch: Any, data: Sequence[Tensor]
-    ) -> Program | None:
+    ) -> Program:
         known = _programs.setdefault(objective, {})
         key = self._key(objective, parameters, data, batch)
         if key not in known:
@@ -113,14 +119,15 @@ class _Recorded:
         return known[key]
 
     def _say(self, words: str) -> None:
-        if words not in self._said:
+        if words not in self._said and not self._by_rule:
             self._said.add(words)
             self._tell(words)
 
     def prepare(self, objective: Objective, parameters: Parameters, batch: Any) -> None:
         """Record, if that is still to be done and can be."""
         with contextlib.suppress(CannotRecord):
-            self._recording_for(objective, parameters, batch, _tensors(batch))
+            if self._is_for(objective, parameters):
+                self._recording_for(objective, parameters, batch, _tensors(batch))
 
     def _is_confirmed(
         self, program: Program, graph: Any, objective: Objective, parameters: Parameters, batch: Any
@@ -134,9 +141,7 @@ class _Recorded:
         program.confirmed = same_products(graph, self._kind(objective, parameters, batch), parameters)
         return program.confirmed
 
-    def _program(
-        self, objective: Objective, parameters: Parameters, batch: Any, data: Sequence[Tensor]
-    ) -> Program | None:
+    def _program(self, objective: Objective, parameters: Parameters, batch: Any, data: Sequence[Tensor]) -> Program:
         if moving_buffers(objective.module):
             raise CannotRecord("has BatchNorm in training mode, whose statistics move")
         plain = copy.copy(objective)
@@ -156,10 +161,6 @@ class _Recorded:
             # the objective's own, then it comes again, or something that cannot be recorded
             words = (str(error).splitlines() or [""])[0]
             raise CannotRecord(f"cannot be recorded ({type(error).__name__}: {words})") from error
-        if self._products == "auto":
-            mine, retained = program.build(objective, parameters, batch, data), self._kind(objective, parameters, batch)
-            if _seconds(mine, parameters) > _seconds(retained, parameters):
-                return None
         return program
 
     def _key(self, objective: Objective, parameters: Parameters, data: Sequence[Tensor], batch: Any) -> Any:
@@ -201,15 +202,3 @@ def _parts(batch: Any) -> Sequence[Any]:
     if batch is None or isinstance(batch, (bool, int, float, str)):
         return ()
     raise CannotRecord(f"has batches that hold {type(batch).__name__}, in which tensors cannot be found")
-
-
-def _seconds(graph: Any, parameters: Parameters) -> float:
-    v = [torch.ones_like(p) for p in parameters.tensors]
-    times = []
-    for _ in range(_TURNS):
-        began = time.perf_counter()
-        graph.product(v)
-        if parameters.device.type == "cuda":
-            torch.cuda.synchronize(parameters.device)
-        times.append(time.perf_counter() - began)
-    return min(times)

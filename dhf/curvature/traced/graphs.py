@@ -57,20 +57,18 @@ class TracedHessian:
 
 
 class _HessianReplay:
+    """What one micro-batch keeps; ``agrees`` says whether the objective itself has the same loss."""
+
     def __init__(
         self, program: Program, objective: Objective, parameters: Parameters, batch: Any, data: Sequence[Tensor]
     ) -> None:
+        z = _outputs_of(objective, batch)
+        objective.check(z, batch)  # first: the recording does not know what a wrong batch is
         (self.loss, *gradient), self._built = program.build(_inputs(parameters, data))
         self.gradient: Sequence[Tensor] = gradient
-        self._program = program
-
-    def agrees(self, objective: Objective, batch: Any) -> bool:
-        """Whether the objective itself has the same loss; checks the batch."""
-        z = _outputs_of(objective, batch)
-        objective.check(z, batch)
-        loss = objective.loss(z, batch)
+        self.agrees = _close(self.loss, objective.loss(z, batch).reshape(()))
         self.rows, self.width = rows_and_width(z)
-        return _close(self.loss, loss.reshape(()))
+        self._program = program
 
     def begin(self, first_row: int) -> None:
         """The Hessian does not depend on where the micro-batch stands among all data."""
@@ -121,19 +119,19 @@ class TracedGaussNewton:
 
 
 class _GaussNewtonReplay:
+    """What one micro-batch keeps; ``agrees`` says whether the objective itself has the same outputs."""
+
     def __init__(
         self, program: Program, objective: Objective, parameters: Parameters, batch: Any, data: Sequence[Tensor]
     ) -> None:
         self._program = program
+        z = _outputs_of(objective, batch)
+        objective.check(z, batch)
         (self.outputs,), self._built = program.build(_inputs(parameters, data))
-        objective.check(self.outputs, batch)
+        self.agrees = _close(self.outputs, z)
         self.loss, self.slope, self.output_hessian = loss_in_outputs(objective, parameters, self.outputs, batch)
         self.rows, self.width = rows_and_width(self.outputs)
         self.gradient: Sequence[Tensor] = self.pull(self.slope)
-
-    def agrees(self, objective: Objective, batch: Any) -> bool:
-        """Whether the objective itself has the same outputs."""
-        return _close(self.outputs, _outputs_of(objective, batch))
 
     def begin(self, first_row: int) -> None:
         """The Gauss-Newton matrix does not depend on where the micro-batch stands among all data."""
