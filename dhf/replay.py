@@ -69,15 +69,16 @@ class Replay:
     Args:
         function: What is done.
         device: Where.
+        warm: Whether its kernels have been launched before, so that it may be recorded at its first call.
 
     Attributes:
         refused: Why it is not replayed, or None.
     """
 
-    def __init__(self, function: Callable[[], object], device: torch.device) -> None:
+    def __init__(self, function: Callable[[], object], device: torch.device, *, warm: bool = False) -> None:
         self._function, self._device = function, device
         self._recording: torch.cuda.CUDAGraph | None = None
-        self._called = False
+        self._called = warm
         self.refused: str | None = None if device.type == "cuda" else "it is not on a GPU"
 
     def __call__(self) -> None:

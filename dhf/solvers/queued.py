@@ -12,6 +12,7 @@ of cg.py, up to rounding in the last digit.
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -63,12 +64,13 @@ class QueuedConjugateGradients(ConjugateGradients):
         self._begun = self._brief = False
         self._copied = torch.cuda.Event() if b.device.type == "cuda" else None
         self._launch = precondition.launch if isinstance(precondition, SteadyMap) else self.precondition
-        self._replay: Replay | None = None
+        self._replays: dict[bool, Replay] = {}
         self._told: list[float] = []
 
     def start(self, first: tuple[Tensor, Agreement] | None) -> Reason | None:
         """Set out from x, of which ``first`` is the product."""
         reason = super().start(first)
+        self._z_before = torch.empty(0) if self._z is None else self._z.clone()
         self._rho = torch.tensor(self.rho, dtype=torch.float64, device=self.b.device)
         self._numbers = torch.zeros(self.A.STATUS + 7, dtype=torch.float64, device=self.b.device)
         self._host = torch.zeros(self.A.STATUS + 7, dtype=torch.float64, pin_memory=self._copied is not None)
@@ -115,38 +117,39 @@ class QueuedConjugateGradients(ConjugateGradients):
 
     def end(self, reason: Reason) -> tuple[Tensor, Iteration, Tensor | None]:
         """Where the solve stands."""
-        self._replay = None  # it refers to this object
+        self._replays.clear()  # they refer to this object
         return super().end(reason)
 
     def _queue_step(self, Ap: Tensor, word: Tensor, diagonal: float) -> None:
         """Launch a step; by a replay, where it may be."""
-        if self._z is not None or not self._steady:
-            z = self._step(Ap, word, diagonal, self._z)
-            self._z = None if self._z is None else z
+        looking = self._z is not None
+        if not self._steady:
+            self._step(Ap, word, diagonal, looking)
             return
         if isinstance(self.precondition, SteadyMap):
             self.precondition.note()
-        if self._replay is None:
-            self._replay = Replay(lambda: self._step(Ap, word, diagonal, None), Ap.device)
-        self._replay()
+        if looking not in self._replays:
+            launch = functools.partial(self._step, Ap, word, diagonal, looking)
+            self._replays[looking] = Replay(launch, Ap.device, warm=bool(self._replays))
+        self._replays[looking]()
 
-    def _step(self, Ap: Tensor, word: Tensor, diagonal: float, before: Tensor | None) -> Tensor:
-        """The iteration, a null one where the word says anything; with inner products of z before and now, given the former."""
+    def _step(self, Ap: Tensor, word: Tensor, diagonal: float, looking: bool) -> None:
+        """The iteration, a null one where the word says anything; with inner products of z before and now, if it is looked at."""
         good = (word == 0).all()
         Ap.add_(self.p, alpha=diagonal)
-        looking = [] if before is None else [(before, Ap)]
-        first = self._dots((self.p, Ap), (self.p, self.p), (Ap, Ap), *looking)
+        first = self._dots((self.p, Ap), (self.p, self.p), (Ap, Ap), *([(self._z_before, Ap)] if looking else []))
         alpha = torch.where(good & (first[0] != 0), self._rho / first[0], 0.0).to(Ap.dtype)
         self._x_before.copy_(self.x)
         self._p_before.copy_(self.p)
         self.x.addcmul_(self.p, alpha)
         self.r.addcmul_(Ap, alpha, value=-1)
         z = self._launch(self.r)
-        second = self._dots((self.r, self.r), (self.r, z), *([] if before is None else [(z, Ap)]))
+        second = self._dots((self.r, self.r), (self.r, z), *([(z, Ap)] if looking else []))
         rho = torch.where(good, second[1], self._rho)
         beta = torch.where(self._rho != 0, rho / self._rho, 0.0).to(Ap.dtype)
         torch.where(good, torch.addcmul(z, self.p, beta), self.p, out=self.p)
         self._rho.copy_(rho)
-        nothing = first.new_zeros(0 if before is not None else 1)
+        nothing = first.new_zeros(0 if looking else 1)
         torch.cat([word.double(), first, nothing, second, nothing], out=self._numbers)
-        return z
+        if looking:
+            self._z_before.copy_(z)
