@@ -6,6 +6,7 @@ Everything is jitted: the build returns the linearized gradient (or outputs) wit
 from __future__ import annotations
 
 import math
+import os
 import weakref
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -26,6 +27,7 @@ Model = Callable[[Parameters, Any], Any]
 
 def jax_linearize(case: Case, matrix: str) -> Product:
     """``jax.linearize``, jitted: of the gradient for the Hessian, of the outputs for Gauss-Newton."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a GPU's memory is not its own here
     try:
         jax = import_module("jax")
     except ImportError as error:
