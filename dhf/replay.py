@@ -37,10 +37,25 @@ def aside(device: torch.device) -> Iterator[None]:
         return
     own.wait_stream(current)
     try:
-        with torch.cuda.stream(own):
+        with torch.cuda.stream(own), _other_graphs_may_be_elsewhere():
             yield
     finally:
         current.wait_stream(own)
+
+
+@contextlib.contextmanager
+def _other_graphs_may_be_elsewhere() -> Iterator[None]:
+    """Have torch not warn of parameters that stand in a graph of another stream, too; their gradients are not accumulated here."""
+    warn = getattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch", None)  # since torch 2.10
+    if warn is None:
+        yield
+        return
+    before = torch._C._warn_on_accumulate_grad_stream_mismatch()
+    warn(False)
+    try:
+        yield
+    finally:
+        warn(before)
 
 
 class SteadyMap:
