@@ -42,11 +42,11 @@ part "training, 1 rank, NCCL" train 1 nccl
 part "training, 2 ranks, gloo" train 2 gloo
 part "training, 4 ranks, gloo" train 4 gloo
 part "the same losses" compare
-part "solves" "$PYTHON" benchmarks/solves.py --device cuda
+part "solves" "$PYTHON" benchmarks/solves.py --device cuda --rounds 3
 part "overhead" "$PYTHON" benchmarks/overhead.py --device cuda
 part "seed" "$PYTHON" benchmarks/seed_reuse.py --device cuda
-part "products" "$PYTHON" benchmarks/products.py --device cuda --dtype float32
-part "products, float64" "$PYTHON" benchmarks/products.py --device cuda --dtype float64 --cases "deep autoencoder,PINN"
+part "products" "$PYTHON" benchmarks/products.py --device cuda --rounds 5 --dtype float32 \
+  --cases "deep autoencoder,CNN,transformer,PINN"
 if ((${#failed[@]})); then
   printf 'failed: %s\n' "${failed[@]}"
   exit 1

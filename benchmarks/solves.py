@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import statistics
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -110,6 +111,7 @@ def main() -> None:
     if device.type == "cpu":
         torch.set_num_threads(arguments.threads)
     torch.backends.cudnn.allow_tf32 = False
+    warnings.filterwarnings("ignore", message="CG terminated in")  # of curvlinops, of what is asked for
     found: dict[str, Any] = {}
     with sdpa_kernel(SDPBackend.MATH):
         for name, make in SUBJECTS.items():

@@ -45,12 +45,12 @@ def aside(device: torch.device) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _other_graphs_may_be_elsewhere() -> Iterator[None]:
-    """Have torch not warn of parameters that stand in a graph of another stream, too; their gradients are not accumulated here."""
+    """Have torch not warn of parameters that stand in a graph of another stream, too: no gradient is accumulated here."""
     warn = getattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch", None)  # since torch 2.10
     if warn is None:
         yield
         return
-    before = torch._C._warn_on_accumulate_grad_stream_mismatch()
+    before: bool = getattr(torch._C, "_warn_on_accumulate_grad_stream_mismatch", lambda: True)()
     warn(False)
     try:
         yield

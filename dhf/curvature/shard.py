@@ -293,6 +293,7 @@ class ShardCurvature:
         self._snapshot.check()
         for slot in self._slots:
             with (
+                aside(self._parameters.device),  # where the parameters' graphs are
                 naming_micro_batch(slot.index),
                 reproducible(self._objective, self._parameters.device, slot.seed),
                 twice_differentiable(self._objective.module, self._parameters.device),
