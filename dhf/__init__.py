@@ -42,6 +42,7 @@ _PUBLIC = {
     "forcing_term": "dhf.solvers",
     "jacobi": "dhf.preconditioners",
     "minres": "dhf.solvers",
+    "shard": "dhf.problems",
     "steihaug": "dhf.solvers",
 }
 
@@ -74,6 +75,7 @@ if TYPE_CHECKING:
     from dhf.preconditioners import empirical_fisher as empirical_fisher
     from dhf.preconditioners import jacobi as jacobi
     from dhf.problems import Problem as Problem
+    from dhf.problems import shard as shard
     from dhf.reason import Reason as Reason
     from dhf.solvers import Solution as Solution
     from dhf.solvers import cg as cg

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from dhf.batches import micro_batches
 from dhf.comm import Communicator, Serial
 from dhf.coordinator import Coordinator, Verdict, capture, fingerprint, mark_of
 from dhf.curvature import NonFinite, Retention, ShardCurvature, find_non_finite, places_in_words
@@ -121,7 +122,7 @@ class GlobalOperator:
         self._search: Callable[[Tensor | None], NonFinite | None] | None = None
 
         def build_shard() -> ShardCurvature:
-            pieces = list(batches)
+            pieces = micro_batches(batches)
             if type(objective).outputs is Objective.outputs and any(isinstance(p, Tensor) for p in pieces):
                 raise UsageError(
                     "batches must hold micro-batches (inputs, targets), and holds tensors; for one micro-batch give [batch]"

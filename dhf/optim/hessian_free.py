@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dhf.batches import micro_batches
 from dhf.comm import Communicator, Serial
 from dhf.coordinator import Coordinator, capture
 from dhf.curvature import GradientGraph, Retention
@@ -182,14 +183,15 @@ class HessianFree(torch.optim.Optimizer):
         during which the coordinator learns of a stop signal or the time limit is not taken: nothing has changed then.
 
         Args:
-            batches: This rank's micro-batches, each what ``objective.outputs`` takes; none for an empty shard.
+            batches: This rank's micro-batches, each what ``objective.outputs`` takes; none for an empty shard. Any iterable, a
+                DataLoader included, which is read once; :func:`dhf.shard` makes them from data.
 
         Raises:
             UsageError, RanksDifferError, NonFiniteError, RankError, ReplicasDivergedError, CommunicationError: On every
                 rank alike; the parameters are then as they were.
         """
         began, waited = time.perf_counter(), self.coordinator.seconds_waiting
-        shard, failure = capture(lambda: list(batches))
+        shard, failure = capture(lambda: micro_batches(batches))
         self.coordinator.require_same(self._facts(), failure=failure)
         assert shard is not None
         buffers = moving_buffers(self.objective.module)
