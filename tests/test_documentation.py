@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import importlib.util
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -229,15 +232,41 @@ TAKE_A_STEP = ("README.md", "your-problem.md")
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_commands_start(page, place, capsys):
+    started = []  # the same program by another launcher is not started twice
     for line, words in commands(page):
         where = f"{page.name}:{line}: {' '.join(words)}"
         flags = trainer_flags(words)
+        if flags in started:
+            continue
         if flags is not None:
+            started.append(flags)
             _train(flags, where, ["--steps", "1"] if page.name in TAKE_A_STEP else ["--dry-run"])
+            continue
+        if "dhf" in words:  # python -m dhf COMMAND, by any launcher, or the console script
+            _has_the_flags(words[words.index("dhf") + 1 :], where)
             continue
         checks = [check for start, _, check in NOT_RUN if " ".join(words).startswith(start)]
         assert checks, f"{where}: nobody knows how to test this"
         checks[0](words)
+
+
+def _has_the_flags(words: list[str], where: str) -> None:
+    """Whether ``python -m dhf COMMAND`` knows a command and its flags; what it does is tested where it is written."""
+    assert words, where
+    command = [] if words[0].startswith("-") else words[:1]
+    text = _help(tuple(command))
+    for word in words:
+        flag = word.partition("=")[0]
+        if flag.startswith("--") and not flag.startswith("--options.") and flag != "--help":
+            assert re.search(rf"(?<![\w-]){re.escape(flag)}(?![\w-])", text), f"{where}: its help has no {flag}"
+
+
+@functools.cache
+def _help(command: tuple[str, ...]) -> str:
+    arguments = [sys.executable, "-m", "dhf", *command, "--help"]
+    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def _train(flags: list[str], where: str, shorter: list[str]) -> None:

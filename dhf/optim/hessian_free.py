@@ -54,7 +54,7 @@ _GRADIENT_AFTER = 3  # failed steps in a row before the gradient is tried
 class HessianFree(torch.optim.Optimizer):
     """Distributed Hessian-free optimisation: truncated Newton, Gauss-Newton, Levenberg-Marquardt or natural gradient.
 
-    What is left at None comes from the preset; :attr:`settings` holds what is used, and the README's table says why.
+    What is left at None comes from the preset; :attr:`settings` holds what is used, and docs/settings.md says why.
 
     Args:
         objective: What is minimised; its module's trainable parameters are what moves.
