@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,6 +10,7 @@ from dhf.errors import CommunicationError
 from dhf.problems import Problem
 from dhf.reason import Reason
 from dhf.run.directory import RunDirectory
+from dhf.run.entry import tell_launcher
 from dhf.run.monitor import Monitor
 from dhf.run.outcome import in_words
 from dhf.run.plot import draw_run
@@ -90,9 +89,7 @@ def write_result(ending: Ending, directory: RunDirectory, monitor: Monitor) -> N
         directory.write_result(result)
     except OSError as error:
         monitor.say(f"warning: result.json was not written: {error}")
-    if "DHF_EXIT_CODE_FILE" in os.environ:  # torchrun does not tell its workers' codes when it was stopped itself
-        with contextlib.suppress(OSError):
-            Path(os.environ["DHF_EXIT_CODE_FILE"]).write_text(str(ending.code))
+    tell_launcher(ending.code)
 
 
 def sum_up(ending: Ending, directory: RunDirectory, monitor: Monitor, problem: Problem) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import jsonargparse
@@ -15,7 +15,7 @@ from dhf.errors import UsageError
 from dhf.run.flags import Group, add_fields, in_words, make_parser, nearest
 from dhf.run.signals import signal_number
 
-__all__ = ["PHASE_SETTINGS", "Config", "parse", "to_yaml"]
+__all__ = ["PHASE_SETTINGS", "PROBLEMS", "Config", "make_config", "parse", "to_yaml"]
 
 _USAGE = "python -m dhf.train [--config FILE] [--SETTING VALUE ...]"
 
@@ -28,6 +28,9 @@ alone, it is one process that does the same, for debugging.
   torchrun --nproc_per_node=4 -m dhf.train --problem my_problem.py:build --options.width 128
   python -m dhf.train --phases '[{optimizer: adam, steps: 200, batch_size: 100}, {optimizer: hf, steps: 20}]'
 
+"""
+
+PROBLEMS = """\
 Built-in problems: digits-autoencoder, digits-classifier, curves-autoencoder, mnist-autoencoder (IDX files from
 --options.folder), adding-rnn, poisson-pinn, convection-pinn, logistic; --options.KEY sets what their functions take.
 A problem file is Python code, and is run.
@@ -159,11 +162,20 @@ def parse(argv: Sequence[str] | None = None) -> Config:
     """
     found = in_words(lambda: _parser().parse_args(argv), _NAMES).as_dict()
     found.pop("config", None)
-    found["options"] = {key: _value(text) for key, text in found["options"].items()}
-    found["phases"] = [_phase(number, given) for number, given in enumerate(found["phases"] or [], 1)]
-    if found["steps"] is None and not found["phases"]:
-        found["steps"] = _STEPS
-    config = Config(**found)
+    return make_config(found)
+
+
+def make_config(found: Mapping[str, Any]) -> Config:
+    """The configuration with what a parser has found of its fields, and defaults for the others.
+
+    Raises:
+        UsageError: If a value is out of range.
+    """
+    options = {key: _value(text) for key, text in (found.get("options") or {}).items()}
+    phases = [_phase(number, given) for number, given in enumerate(found.get("phases") or [], 1)]
+    config = Config(**{**found, "options": options, "phases": phases})
+    if config.steps is None and not phases:
+        config = dataclasses.replace(config, steps=_STEPS)
     _check(config)
     _check_phases(config)
     return config
@@ -178,7 +190,7 @@ def _parser() -> jsonargparse.ArgumentParser:
     parser = make_parser(
         prog="python -m dhf.train",
         usage=_USAGE,
-        description=_DESCRIPTION,
+        description=f"{_DESCRIPTION}{PROBLEMS}",
         epilog=_EPILOG,
         print_config="--print-%s",
     )

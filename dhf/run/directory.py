@@ -13,7 +13,7 @@ from typing import Any
 
 from dhf.errors import UsageError
 
-__all__ = ["RunDirectory", "default_directory", "write_atomically"]
+__all__ = ["RunDirectory", "default_directory", "plain", "write_atomically"]
 
 _MARKS = ("config.yaml", "metrics.jsonl", "result.json", "checkpoints")
 
@@ -76,7 +76,7 @@ class RunDirectory:
     def write_result(self, result: dict[str, Any]) -> None:
         """Write how the run ended."""
         self.path.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.path / "result.json", json.dumps(_plain(result), indent=2) + "\n")
+        write_atomically(self.path / "result.json", json.dumps(plain(result), indent=2) + "\n")
 
     def _rows(self) -> list[dict[str, Any]]:
         if not self.metrics.exists():
@@ -105,12 +105,12 @@ def default_directory(problem: str) -> str:
     return str(Path("runs") / f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}")
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, content: str | bytes) -> None:
     """Replace a file in one step, so that no reader sees half of it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with temporary.open("w") as file:
-            file.write(text)
+        with temporary.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -121,9 +121,9 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def _line(row: dict[str, Any]) -> str:
-    return json.dumps(_plain(row)) + "\n"
+    return json.dumps(plain(row)) + "\n"
 
 
-def _plain(row: dict[str, Any]) -> dict[str, Any]:
+def plain(row: dict[str, Any]) -> dict[str, Any]:
     """JSON has no NaN or infinity: they become null."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
