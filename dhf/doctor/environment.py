@@ -9,7 +9,9 @@ import platform
 import re
 import shutil
 import socket
+import sys
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -79,15 +81,16 @@ def _torch_distributed() -> str:
 
 def _mpi(comm: Communicator) -> str:
     version = _version("mpi4py")
-    starter = shutil.which("mpirun") or shutil.which("mpiexec")
+    beside = os.pathsep.join([os.environ.get("PATH", ""), str(Path(sys.executable).parent)])
+    starter = shutil.which("mpirun", path=beside) or shutil.which("mpiexec", path=beside)
     parts = [
         f"mpi4py {version}" if version else "no mpi4py: pip install 'dhf[mpi]'",
-        starter or "no mpirun on the path",
+        starter or "no mpirun",
     ]
     if comm.backend == "mpi":  # loading it starts MPI
         from mpi4py import MPI
 
-        parts.append(MPI.Get_library_version().splitlines()[0].strip())
+        parts.append(" ".join(MPI.Get_library_version().splitlines()[0].split()))
     return ", ".join(parts)
 
 

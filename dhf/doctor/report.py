@@ -57,7 +57,8 @@ def as_dict(examination: Examination, exit_code: int) -> dict[str, Any]:
 
 
 def _in_words(finding: Finding) -> str:
-    return f"{finding.where}: {finding.what}; {finding.remedy}"
+    where = "" if finding.what.startswith(finding.where) else f"{finding.where}: "
+    return f"{where}{finding.what}; {finding.remedy}"
 
 
 def _aligned(label: str, text: str) -> list[str]:
