@@ -57,6 +57,8 @@ class GlobalOperator:
         retain: Which micro-batches keep their graphs, on each rank: ``"all"``, ``"none"``, as many as fit into so many bytes (a
             number, or a text such as ``"2GiB"``), or ``"auto"``: into the memory that is available. The others' are rebuilt for
             each product. Where memory runs out in a product, all ranks free half of theirs, and go on.
+        parameters: Names of those the matrix is taken in, as patterns: ``"layers.2.*"``, a submodule's name, or several. Vectors
+            are then as long as these, and the others constants. All trainable parameters by default.
 
     Attributes:
         loss: The global objective, weight decay included. Float.
@@ -94,6 +96,7 @@ class GlobalOperator:
         vectors: str = "replicated",
         bucket_bytes: int | None = None,
         retain: str | int | Retention = "auto",
+        parameters: str | Sequence[str] | None = None,
     ) -> None:
         require_objective(objective)
         if vectors not in ("replicated", "sharded"):
@@ -104,7 +107,7 @@ class GlobalOperator:
         self.products = 0
         check_module(objective.module)
         self.objective, self.seed = objective, seed
-        self.parameters = Parameters(objective.module)
+        self.parameters = Parameters(objective.module, parameters)
         self._decay = objective.weight_decay
         self._facts = {
             **self.parameters.facts(),
@@ -336,6 +339,7 @@ class GlobalOperator:
         """Add up losses, counts and gradients, tell every shard its place, and compare replicas, in two collectives."""
         comm, coordinate = self.comm, self.coordinator
         theta = self.parameters.read()
+        everything = self.parameters.read_all() if self.parameters.others else theta
         places = [0.0] * comm.size
         if shard is not None:
             places[comm.rank] = shard.rows
@@ -343,8 +347,8 @@ class GlobalOperator:
         sums += [shard.width, shard.width > 0] if shard is not None else [0.0, 0.0]
         sums += [shard.micro_batches, shard.retained, shard.ran_out] if shard is not None else [0.0, 0.0, 0.0]
         # the decay term is rank 0's alone, so that every rank holds the same bits of the loss
-        decay = 0.5 * self._decay * float(theta.double().square().sum()) if comm.rank == 0 else 0.0
-        mark = coordinate.mark(mark_of(self._facts) ^ fingerprint(theta))
+        decay = 0.5 * self._decay * float(everything.double().square().sum()) if comm.rank == 0 else 0.0
+        mark = coordinate.mark(mark_of(self._facts) ^ fingerprint(everything))
         loss_sum, total, widths, known, micro_batches, retained, ran_out, decay, *rest = coordinate.reduce(
             [*sums, decay, *places, *mark], failure=failure
         )
@@ -354,7 +358,7 @@ class GlobalOperator:
             self._warn_of_few_graphs(shard)
         if not coordinate.same(rest[comm.size :]):
             coordinate.raise_difference(self._facts)
-            coordinate.require_replicas(theta)
+            coordinate.require_replicas(everything)
         rows = [int(r) for r in rest[: comm.size]]
         self.count, self.rows = total, rows
         self.outputs_per_row = round(widths / known) if known else 0
