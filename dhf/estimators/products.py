@@ -10,7 +10,6 @@ from torch import Tensor
 from dhf.errors import NonFiniteError
 from dhf.reason import Reason
 from dhf.solvers.linear_operator import AgreeingOperator, as_operator, empty_vector
-from dhf.vector_space import VectorSpace
 
 __all__ = ["Products"]
 
@@ -47,7 +46,9 @@ class Products:
         product, agreed = self._operator.apply(v)
         self.count += 1
         if agreed.reason is Reason.NON_FINITE:
-            raise NonFiniteError("a product holds NaN or infinity; look at the data of the ranks and the scale of the loss")
+            raise NonFiniteError(
+                "a product holds NaN or infinity; look at the data of the ranks and the scale of the loss"
+            )
         return product
 
     def inner(self, x: Tensor, y: Tensor) -> float:

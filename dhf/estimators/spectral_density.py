@@ -78,8 +78,8 @@ def spectral_density(operator: Any, *, samples: int = 8, steps: int = 60, seed: 
     """Estimate the distribution of a symmetric operator's eigenvalues.
 
     Args:
-        operator: A GlobalOperator, a square tensor, or any object with ``matvec`` (shape (n,) to shape (n,)) and ``shape``; without
-            a ``dtype`` it is taken for float64.
+        operator: A GlobalOperator, a square tensor, or any object with ``matvec`` (shape (n,) to shape (n,)) and ``shape``; one
+            without a ``dtype`` is taken for float64.
         samples: Random vectors. The density's error falls with the root of n times this number.
         steps: Products for each, n at most; as many vectors are held. More show finer structure.
         seed: Names the random vectors; the same on all ranks.

@@ -61,11 +61,11 @@ def trace(operator: Any, *, products: int = 60, deflate: bool = True, seed: int 
     """Estimate the trace of a symmetric operator (Hutch++).
 
     Args:
-        operator: A GlobalOperator, a square tensor, or any object with ``matvec`` (shape (n,) to shape (n,)) and ``shape``; without
-            a ``dtype`` it is taken for float64.
+        operator: A GlobalOperator, a square tensor, or any object with ``matvec`` (shape (n,) to shape (n,)) and ``shape``; one
+            without a ``dtype`` is taken for float64.
         products: How many to take, at least 1; n of them give the exact trace.
-        deflate: Whether the largest eigenvalues are taken out first, which holds a third as many vectors as products. Without, this
-            is Hutchinson's estimator.
+        deflate: Whether the largest eigenvalues are taken out first, by a third as many vectors as products. Without, this is
+            Hutchinson's estimator.
         seed: Names the random vectors; the same on all ranks.
 
     Returns:

@@ -23,9 +23,11 @@ from dhf.coordinator import Coordinator, Verdict, capture, fingerprint, mark_of
 from dhf.curvature import NonFinite, Retention, ShardCurvature, find_non_finite, places_in_words
 from dhf.curvature.shard import AddSums, BuildGraph
 from dhf.errors import NonFiniteError, RankError, StaleGraphError, UsageError
+from dhf.estimators import DiagonalEstimate, TraceEstimate, diagonal, trace
 from dhf.evaluation import check_module, micro_batch_seeds
 from dhf.memory import ran_out_of_memory
 from dhf.objective import Objective, require_objective
+from dhf.operator.as_scipy import to_scipy
 from dhf.operator.reduction import Part, Pieces, Reduced, Reducer, Reduction, Status, Target, Whole, Work
 from dhf.parameters import Parameters
 from dhf.reason import Reason
@@ -256,6 +258,18 @@ class GlobalOperator:
         """``A + damping·I``, on the same graphs, with products that ranks send to one another in bfloat16."""
         return Compressed(self, damping)
 
+    def trace(self, *, products: int = 60, deflate: bool = True, seed: int = 0) -> TraceEstimate:
+        """The trace with its standard error; see :func:`dhf.trace`."""
+        return trace(self, products=products, deflate=deflate, seed=seed)
+
+    def diagonal(self, *, products: int = 120, deflate: bool = True, seed: int = 0) -> DiagonalEstimate:
+        """The diagonal with its standard errors; see :func:`dhf.diagonal`."""
+        return diagonal(self, products=products, deflate=deflate, seed=seed)
+
+    def to_scipy(self) -> Any:
+        """A ``scipy.sparse.linalg.LinearOperator`` of the same products; see :func:`dhf.operator.to_scipy`."""
+        return to_scipy(self)
+
     def close(self) -> None:
         """Free the graphs; ``loss`` and ``gradient`` stay."""
         if self._shard is not None:
@@ -444,6 +458,18 @@ class Shifted:
     def shifted(self, damping: float) -> Shifted:
         """``A + (self.damping + damping)·I``."""
         return Shifted(self.operator, self.damping + damping)
+
+    def trace(self, *, products: int = 60, deflate: bool = True, seed: int = 0) -> TraceEstimate:
+        """The trace with its standard error; see :func:`dhf.trace`."""
+        return trace(self, products=products, deflate=deflate, seed=seed)
+
+    def diagonal(self, *, products: int = 120, deflate: bool = True, seed: int = 0) -> DiagonalEstimate:
+        """The diagonal with its standard errors; see :func:`dhf.diagonal`."""
+        return diagonal(self, products=products, deflate=deflate, seed=seed)
+
+    def to_scipy(self) -> Any:
+        """A ``scipy.sparse.linalg.LinearOperator`` of the same products; see :func:`dhf.operator.to_scipy`."""
+        return to_scipy(self)
 
 
 class Compressed(Shifted):

@@ -1,7 +1,7 @@
 """Basis: orthonormal vectors that grow in number, and what is orthogonal to them; one per row, as this rank stores vectors.
 
-    w - Vᵀ V w    takes two matrix-vector products with the basis, and once more as many where w has lost most of its length,
-                  since what is left is then rounding (Daniel, Gragg, Kaufman & Stewart, 1976)
+w - Vᵀ V w    takes two matrix-vector products with the basis, and once more as many where w has lost most of its length,
+              since what is left is then rounding (Daniel, Gragg, Kaufman & Stewart, 1976)
 """
 
 from __future__ import annotations

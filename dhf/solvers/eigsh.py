@@ -25,7 +25,7 @@ from dhf.solvers.random_vectors import normal_vector
 __all__ = ["WHICH", "Eigenpairs", "eigsh"]
 
 WHICH = ("largest", "smallest", "magnitude")
-_SETTLED = 10  # vectors after a drawn one by which an eigenvalue that was missed shows
+_SETTLED = 10  # vectors after a new start by which an eigenvalue that was missed shows
 _ACCURACY_SLACK = 2.0
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-5}
 
@@ -35,8 +35,8 @@ class Eigenpairs:
     """What was found of a spectrum.
 
     Attributes:
-        values: Eigenvalues in the order asked for, float64 on the CPU, shape (k,); fewer than asked for if the search was cut short
-            before it had so many.
+        values: Eigenvalues in the order asked for, float64 on the CPU, shape (k,); fewer if the search was cut short before it
+            had so many.
         vectors: Unit eigenvectors, one per column, shape (n, k), the operator's dtype and device; None if not asked for.
         error_bounds: ``‖A x - λ x‖`` as the recursion has it, shape (k,): an eigenvalue of A lies within this distance of λ, up
             to rounding.
@@ -77,16 +77,16 @@ def eigsh(
     """Find k eigenvalues at one end of the spectrum of a symmetric operator, and their eigenvectors.
 
     Args:
-        operator: A GlobalOperator, a square tensor, or any object with ``matvec`` (shape (n,) to shape (n,)) and ``shape``; without
-            a ``dtype`` it is taken for float64.
+        operator: A GlobalOperator, a square tensor, or any object with ``matvec`` (shape (n,) to shape (n,)) and ``shape``; one
+            without a ``dtype`` is taken for float64.
         k: How many, from 1 to n.
         which: ``"largest"`` or ``"smallest"`` by value, or largest in ``"magnitude"``.
-        tol: A pair has converged where ``‖A x - λ x‖ ≤ tol·‖A‖``, with the largest \\|λ\\| that was seen as the norm. Then λ is off
-            by no more than that, and by its square over the distance to other eigenvalues where these are further away.
+        tol: A pair has converged where ``‖A x - λ x‖ ≤ tol·‖A‖``, with the largest absolute value seen for the norm. Then λ is
+            off by no more than that, and by its square over the distance to the other eigenvalues where these are further away.
             1e-8 in float64 and 1e-5 in float32 by default, whose products round at 1e-7 to 1e-6.
         max_iterations: Most products before the end; 50 times ``basis`` by default.
-        basis: Most vectors held, n at most, above k; ``max(2k + 20, 4k)`` by default. With fewer, memory is saved and more products
-            are taken.
+        basis: Most vectors held, n at most, above k; ``max(2k + 20, 4k)`` by default. With fewer, memory is saved and more
+            products are taken.
         seed: Names the start and other directions that are drawn; the same on all ranks.
         v0: Start, shape (n,) (or a piece of it where vectors are sharded); drawn by default.
         vectors: Whether eigenvectors are wanted.
@@ -94,13 +94,14 @@ def eigsh(
             accurate as the recursion has it, in float32 to about 1e-6 of the norm.
 
     Returns:
-        Eigenpairs; its reason says why the search ended. Never raises on non-convergence. Each vector has a positive inner product
-        with the start, so that its sign is always the same. If the recursion claims convergence and a true residual misses
-        the tolerance by more than a factor of 2, the reason is ACCURACY_LOST.
+        Eigenpairs; its reason says why the search ended. Never raises on non-convergence. Each vector has a positive inner
+        product with the start, so that its sign is always the same. If the recursion claims convergence and a true
+        residual misses the tolerance by more than a factor of 2, the reason is ACCURACY_LOST.
 
         An eigenvalue of multiplicity above 1 is found as often as it is where the basis spans the whole space (n up to
         ``basis``), or where the Krylov space of the start is exhausted, as with few distinct eigenvalues. Else
-        the further copies appear by rounding alone, and often not before the search ends: start again with another seed to see them.
+        the further copies appear by rounding alone, and often not before the search ends; the vectors of another seed show
+        whether there are any.
 
     Raises:
         ValueError: If shapes or dtypes differ, v0 is zero, or k, which, tol, basis or max_iterations is out of range.
@@ -165,14 +166,12 @@ def eigsh(
 class _Search:
     """The wanted end of the spectrum, as far as it is known."""
 
-    def __init__(
-        self, lanczos: Lanczos, start: Tensor, k: int, which: str, tol: float, limit: int
-    ) -> None:
+    def __init__(self, lanczos: Lanczos, start: Tensor, k: int, which: str, tol: float, limit: int) -> None:
         self.lanczos, self.products, self.restarts = lanczos, 0, 0
         self._start, self._k, self._which, self._tol, self._limit = start, k, which, tol, limit
         self._due = k  # vectors at which to look next
-        self._drawn = False
-        self._before: Tensor | None = None  # what was wanted when a direction was last drawn
+        self._since = 0  # vectors since a subspace was exhausted
+        self._before: Tensor | None = None  # what was wanted when that last happened
 
     def advance(self, product: Tensor) -> Reason | None:
         """Take in a product; why the search ends, or that it goes on with a drawn direction, or None."""
@@ -180,10 +179,11 @@ class _Search:
         reason = lanczos.advance(product)
         if reason in (Reason.NON_FINITE, Reason.NOT_SYMMETRIC):
             return reason
-        drawn = reason is Reason.INVARIANT_SUBSPACE
-        if lanczos.complete or (lanczos.j >= self._due and self._has_converged(drawn)) or self._settles(drawn):
+        # to tolerance the vectors map into one another; what follows starts anew, drawn or out of rounding
+        exhausted = lanczos.beta <= self._tol * lanczos.scale
+        self._since = 0 if exhausted else self._since + 1
+        if lanczos.complete or (self._settles() if exhausted else self._has_converged()):
             return Reason.RESIDUAL_TOLERANCE
-        self._drawn |= drawn
         if self.products >= self._limit:
             return Reason.ITERATION_LIMIT
         if lanczos.full:
@@ -219,24 +219,24 @@ class _Search:
             found = basis.rows[order.to(basis.rows.device)].T if vectors else None
         return Eigenpairs(values, found, bounds, norms, reason, self.products, self.restarts)
 
-    def _has_converged(self, drawn: bool) -> bool:
-        """Whether the bounds of all wanted pairs are met."""
+    def _has_converged(self) -> bool:
+        """Whether the bounds of all wanted pairs are met, and what a new start may have to add has been seen."""
         lanczos = self.lanczos
+        if lanczos.j < self._due or (self._before is not None and self._since < _SETTLED):
+            return False
         self._due = lanczos.j + 1 + lanczos.j // 16  # a look costs j³
         values, _, bounds = lanczos.ritz()
         wanted = self._order(values)[: self._k]
-        met = float(bounds[wanted].max()) <= self._tol * float(values.abs().max())
-        return met and not drawn and (not self._drawn or lanczos.run >= _SETTLED)
+        return float(bounds[wanted].max()) <= self._tol * float(values.abs().max())
 
-    def _settles(self, drawn: bool) -> bool:
+    def _settles(self) -> bool:
         """Whether a subspace that has just been exhausted added nothing to what was wanted before it."""
-        lanczos, before = self.lanczos, self._before
-        if not drawn or lanczos.j < self._k:
-            return False
-        values = lanczos.ritz()[0]
+        values, before = self.lanczos.ritz()[0], self._before
         self._before = values[self._order(values)[: self._k]]
-        slack = max(self._tol, 100 * torch.finfo(lanczos.next.dtype).eps) * float(values.abs().max())
-        return before is not None and float((self._before - before).abs().max()) <= slack
+        if before is None or len(before) < self._k:
+            return False
+        slack = max(self._tol, 100 * torch.finfo(self._start.dtype).eps) * float(values.abs().max())
+        return float((self._before - before).abs().max()) <= slack
 
     def _order(self, values: Tensor) -> Tensor:
         """Indices, what is wanted most first."""

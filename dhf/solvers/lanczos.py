@@ -43,17 +43,16 @@ class Lanczos:
         basis: V, and behind it the vector that is to be multiplied next.
         j: How many vectors of the basis have been multiplied.
         beta: How strongly the next vector couples to the last; 0 where it was drawn.
+        scale: The norm of A, as far as it has been seen.
         run: Vectors multiplied since the last was drawn.
     """
 
-    def __init__(
-        self, space: VectorSpace, n: int, start: Tensor, capacity: int, draw: Callable[[int], Tensor]
-    ) -> None:
+    def __init__(self, space: VectorSpace, n: int, start: Tensor, capacity: int, draw: Callable[[int], Tensor]) -> None:
         self.space, self.n, self._draw = space, n, draw
         self.basis = Basis(space, start, min(capacity + 1, n))
         self._T = torch.zeros(capacity + 1, capacity + 1, dtype=torch.float64)
         self.j = self.run = self._products = self._kept = 0
-        self.beta = self._scale = 0.0
+        self.beta = self.scale = 0.0
         self._residual: tuple[Tensor, float] | None = None
         self.basis.append(start)
 
@@ -99,14 +98,14 @@ class Lanczos:
         if not math.isfinite(beta):
             return Reason.NON_FINITE
         self._T[j, j] = alpha + float(taken[j])
-        self._scale = max(self._scale, math.hypot(alpha, beta, self.beta))
-        asymmetric = float(taken.abs().max()) > _ASYMMETRY * self._scale
+        self.scale = max(self.scale, math.hypot(alpha, beta, self.beta))
+        asymmetric = float(taken.abs().max()) > _ASYMMETRY * self.scale
         self.j, self.beta, self.run, self._products = j + 1, beta, self.run + 1, self._products + 1
         reason = None
         if self.complete:
             self.beta = 0.0
         else:
-            least = _ROUNDING * torch.finfo(w.dtype).eps * self._scale
+            least = _ROUNDING * torch.finfo(w.dtype).eps * self.scale
             # in a band around the threshold, since another party may judge a borderline length otherwise
             self._residual = (w.clone(), beta) if beta <= 4 * least else None
             reason = Reason.INVARIANT_SUBSPACE if beta <= least else None

@@ -87,7 +87,7 @@ def as_operator(operator: Any) -> AgreeingOperator:
 def check_system(operator: Any, b: Tensor, x0: Tensor | None) -> None:
     """Raise ValueError unless operator, right-hand side and start fit one another."""
     if b.dim() != 1:
-        raise ValueError(f"the right-hand side must have shape (n,), got {tuple(b.shape)}")
+        raise ValueError(f"the right-hand side must have shape (n,), got {tuple(b.shape)}; solve_many takes several")
     if b.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"the right-hand side must be float32 or float64, got {b.dtype}")
     shape, space = getattr(operator, "shape", None), getattr(operator, "space", None)

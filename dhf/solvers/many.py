@@ -1,6 +1,6 @@
 """solve_many: one system after the other with the same operator; what its graphs cost is paid once.
 
-A retained graph multiplies one vector at a time as fast as it can several, so each column has a solve of its own, with its own end.
+A retained graph multiplies one vector after the other as fast as several, so each column has a solve and an end of its own.
 """
 
 from __future__ import annotations
@@ -8,13 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from dhf.solvers.cg import cg
 from dhf.solvers.solution import Solution
 
-__all__ = ["solve_many", "stacked"]
+__all__ = ["solve_many"]
 
 
 def solve_many(
@@ -40,12 +39,15 @@ def solve_many(
     Example:
         >>> import torch
         >>> A = torch.tensor([[2.0, 0.0], [0.0, 4.0]], dtype=torch.float64)
-        >>> stacked(solve_many(A, torch.eye(2, dtype=torch.float64)))
+        >>> solutions = solve_many(A, torch.eye(2, dtype=torch.float64))
+        >>> torch.stack([solution.x for solution in solutions], dim=1)
         tensor([[0.5000, 0.0000],
                 [0.0000, 0.2500]], dtype=torch.float64)
     """
     if B.dim() != 2:
-        raise ValueError(f"right-hand sides must have shape (n, m), got {tuple(B.shape)}; for one, call the solver itself")
+        raise ValueError(
+            f"right-hand sides must have shape (n, m), got {tuple(B.shape)}; for one, call the solver itself"
+        )
     if X0 is not None and X0.shape != B.shape:
         raise ValueError(f"X0 has shape {tuple(X0.shape)}, the right-hand sides {tuple(B.shape)}")
     solutions = []
@@ -53,8 +55,3 @@ def solve_many(
         start = {} if X0 is None else {"x0": X0[:, j].contiguous()}
         solutions.append(solver(operator, B[:, j].contiguous(), **start, **options))
     return solutions
-
-
-def stacked(solutions: list[Solution]) -> Tensor:
-    """The solutions as the columns of one matrix, shape (n, m)."""
-    return torch.stack([solution.x for solution in solutions], dim=1)
