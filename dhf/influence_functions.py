@@ -4,7 +4,8 @@
 
     score(q, i)  =  c_i/N ∇ℓ_i · s_q,        (H + μI) s_q = ∇L_q
 
-to first order the rise of the query's loss were sample i left out: positive for samples that help, negative for those that harm.
+to first order the rise of the query's loss were sample i's term left out of the mean (the others' weights as they are): positive
+for samples that help, negative for those that harm.
 A sample's own gradient is never formed: ``∇ℓ_i · s`` is the slope of its loss in its outputs times ``J_i s``, and J s is one
 product for all samples of a micro-batch.
 

@@ -149,7 +149,6 @@ def eigsh(
                 break
         else:
             product, agreed = A.apply(search.lanczos.next, reason)
-            search.products += 1
         if agreed.reason is Reason.NON_FINITE:  # all have learned of it
             reason = agreed.reason
             break
@@ -157,6 +156,7 @@ def eigsh(
             reason = agreed.reason
             search.lanczos.follow(reason)
             continue
+        search.products += 1  # one that was mixed counts nowhere, so that all have the same number
         reason, failure = own_work(lambda s=search, p=product: s.advance(p))  # type: ignore[misc]
     assert search is not None
     assert reason is not None
