@@ -30,7 +30,8 @@ class Hessian(GlobalOperator):
             recorded once for each shape of micro-batch and replayed; ``"compiled"``: the same, compiled; ``"auto"``: traced
             on a CPU for modules with convolutions or recurrent layers, else retained. What cannot be compiled is traced, and
             what cannot be recorded retained, with a warning.
-        **options: ``seed``, ``coordinator``, ``move_buffers``, ``debug_nonfinite``, ``retain`` as in :class:`GlobalOperator`.
+        **options: ``parameters``, ``seed``, ``coordinator``, ``move_buffers``, ``debug_nonfinite``, ``retain`` as in
+            :class:`GlobalOperator`.
 
     Example:
         >>> import torch
@@ -81,7 +82,8 @@ class Fisher(GlobalOperator):
         samples: Labels drawn per sample.
         seed: Names the labels; the same on all ranks.
         products: As in :class:`Hessian`.
-        **options: ``coordinator``, ``move_buffers``, ``debug_nonfinite``, ``retain`` as in :class:`GlobalOperator`.
+        **options: ``parameters``, ``coordinator``, ``move_buffers``, ``debug_nonfinite``, ``retain`` as in
+            :class:`GlobalOperator`.
     """
 
     def __init__(
