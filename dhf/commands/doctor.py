@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING
 
 from dhf.commands.parsing import DATA, RANKS, Asked, read
 from dhf.errors import RanksDifferError, UsageError
-from dhf.run.entry import complain, end_together, on_ranks, own_rank
+from dhf.run.entry import complain, on_ranks_together, own_rank
 from dhf.run.flags import Group
 from dhf.run.outcome import EXIT_DONE, EXIT_USAGE
 
 if TYPE_CHECKING:
     from dhf.comm import Communicator
     from dhf.coordinator import Coordinator
-    from dhf.run.signals import StopSignals
 
 __all__ = ["EXIT_CHANGE", "Doctor", "main"]
 
@@ -80,13 +79,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return complain(error, EXIT_USAGE)
     refusals: list[UsageError] = []
 
-    def work(comm: Communicator, stop: StopSignals) -> int:
-        from dhf.coordinator import Coordinator
-
-        coordinator = Coordinator(comm, interrupted=stop)
-        return end_together(comm, stop, lambda: _look(asked, refusals, coordinator), timeout=asked.config.timeout)
-
-    return on_ranks(asked.config, work, join=lambda: _join(asked, refusals))
+    return on_ranks_together(
+        asked.config, lambda coordinator: _look(asked, refusals, coordinator), join=lambda: _join(asked, refusals)
+    )
 
 
 def _join(asked: Asked[Doctor], refusals: list[UsageError]) -> Communicator:

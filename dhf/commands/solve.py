@@ -13,7 +13,7 @@ from dhf.commands.parsing import DATA, RANKS, Asked, read
 from dhf.errors import UsageError
 from dhf.reason import Reason
 from dhf.run.directory import plain, write_atomically
-from dhf.run.entry import complain, end_together, on_ranks
+from dhf.run.entry import complain, on_ranks_together
 from dhf.run.flags import Group
 from dhf.run.outcome import EXIT_TARGET, EXIT_USAGE, exit_code
 
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from dhf.coordinator import Coordinator
     from dhf.run.monitor import Monitor
     from dhf.run.point import Point
-    from dhf.run.signals import StopSignals
     from dhf.run.solving import Solved
     from dhf.solvers.solution import Iteration
 
@@ -59,6 +58,7 @@ class Solve:
     )
     curvature: Literal["ggn", "hessian", "fisher"] = _system("ggn", "the matrix A")
     damping: float = _system(1e-3, "added to its diagonal")
+    parameters: str | None = _system(None, "take the matrix in these alone: names or patterns, layers.0,*.bias")
     rhs: str = _system("gradient", "b: gradient, or a .pt or .npy file with one number per parameter")
     solver: Literal["cg", "minres", "cgls", "direct"] = _system(
         "cg",
@@ -103,13 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         return complain(error, EXIT_USAGE)
 
-    def work(comm: Communicator, stop: StopSignals) -> int:
-        from dhf.coordinator import Coordinator
-
-        coordinator = Coordinator(comm, interrupted=stop)
-        return end_together(comm, stop, lambda: _solve(asked, coordinator), timeout=asked.config.timeout)
-
-    return on_ranks(asked.config, work)
+    return on_ranks_together(asked.config, lambda coordinator: _solve(asked, coordinator))
 
 
 def _check(own: Solve) -> None:
@@ -129,7 +123,7 @@ def _solve(asked: Asked[Solve], coordinator: Coordinator) -> int:
     require_same_settings(coordinator, asked.config, own)
     monitor = Monitor(comm.rank == 0 and not own.json, "")
     point = take_place(asked.config, asked.given, own.at, coordinator, monitor.say)
-    system = System(own.curvature, own.damping, own.solver, own.rhs, own.cg_rtol, own.cg_max_iterations)
+    system = System(own.curvature, own.damping, own.solver, own.rhs, own.cg_rtol, own.cg_max_iterations, own.parameters)
     _say_system(monitor, point, own, comm)
     note = _history(monitor) if own.history and monitor.visible else None
     solved = solve_at(point, system, coordinator, note)
@@ -193,6 +187,7 @@ def _result(point: Point, own: Solve, comm: Communicator, solved: Solved) -> dic
             "damping": own.damping,
             "solver": own.solver,
             "rhs": own.rhs,
+            "only": own.parameters,
             "rtol": own.cg_rtol,
             "dtype": str(solved.solution.x.dtype).removeprefix("torch."),
             "world_size": comm.size,

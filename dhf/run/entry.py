@@ -20,8 +20,9 @@ from dhf.run.signals import StopSignals
 
 if TYPE_CHECKING:
     from dhf.comm import Communicator
+    from dhf.coordinator import Coordinator
 
-__all__ = ["complain", "end_together", "on_ranks", "own_rank", "tell_launcher"]
+__all__ = ["complain", "on_ranks", "on_ranks_together", "own_rank", "tell_launcher"]
 
 _LEAVING = 60.0  # seconds that the ranks wait for the one that writes
 
@@ -62,7 +63,24 @@ def on_ranks(
             comm.close()
 
 
-def end_together(comm: Communicator, stop: StopSignals, work: Callable[[], int], *, timeout: float) -> int:
+def on_ranks_together(
+    config: Config,
+    work: Callable[[Coordinator], int],
+    *,
+    join: Callable[[], Communicator] | None = None,
+) -> int:
+    """Join the ranks, and do work in which all of them end alike; the exit code. Arguments as :func:`on_ranks`."""
+
+    def together(comm: Communicator, stop: StopSignals) -> int:
+        from dhf.coordinator import Coordinator
+
+        coordinator = Coordinator(comm, interrupted=stop)
+        return _end_together(comm, stop, lambda: work(coordinator), timeout=config.timeout)
+
+    return on_ranks(config, together, join=join)
+
+
+def _end_together(comm: Communicator, stop: StopSignals, work: Callable[[], int], *, timeout: float) -> int:
     """What ``work`` returns, on all ranks alike; where it fails, one rank says so, and the code is that of the failure."""
     failure: Exception | None = None
     try:

@@ -26,7 +26,7 @@ from dhf.run.saver import share
 from dhf.solvers import Solution, cg, cgls, direct, minres
 from dhf.solvers.solution import Iteration
 
-__all__ = ["GRADIENT", "Solved", "System", "open_operator", "solve_at", "tensor_bytes"]
+__all__ = ["GRADIENT", "Solved", "System", "open_operator", "patterns", "solve_at", "tensor_bytes"]
 
 GRADIENT = "gradient"
 _MATRICES = {"hessian": Hessian, "ggn": GaussNewton, "fisher": Fisher}
@@ -43,6 +43,7 @@ class System:
         rhs: ``"gradient"``, or a .pt or .npy file with b, shape (n,), which only rank 0 need see.
         rtol: Relative residual at which to stop.
         max_iterations: Most iterations, or None for ten times the parameters.
+        parameters: Patterns of the names that the matrix is taken in, or None for all.
     """
 
     curvature: str
@@ -51,6 +52,7 @@ class System:
     rhs: str
     rtol: float
     max_iterations: int | None
+    parameters: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -99,13 +101,16 @@ class Solved:
         }
 
 
-def open_operator(point: Point, curvature: str, coordinator: Coordinator, *, build: Any = None) -> GlobalOperator:
+def open_operator(
+    point: Point, curvature: str, coordinator: Coordinator, parameters: str | None = None, *, build: Any = None
+) -> GlobalOperator:
     """The matrix of the point's objective; a context manager. Collective.
 
     Args:
         point: Where.
         curvature: ``"ggn"``, ``"hessian"`` or ``"fisher"``.
         coordinator: How ranks agree.
+        parameters: Patterns of the names that it is taken in, with commas between; None for all.
         build: Another kind of operator, such as ResidualJacobian.
     """
     config, optimizer = point.config, point.parts.optimizer
@@ -122,7 +127,13 @@ def open_operator(point: Point, curvature: str, coordinator: Coordinator, *, bui
         retain="auto" if config.retain is None else config.retain,
         products=config.products or "auto",
         debug_nonfinite=config.debug_nonfinite,
+        parameters=patterns(parameters),
     )
+
+
+def patterns(text: str | None) -> list[str] | None:
+    """The patterns in a flag, with commas between."""
+    return None if text is None else [part.strip() for part in text.split(",") if part.strip()]
 
 
 def solve_at(
@@ -142,7 +153,7 @@ def solve_at(
     if system.rhs != GRADIENT and system.solver == "cgls":
         raise UsageError("--solver cgls solves for the objective's own residuals; for another --rhs use cg or minres")
     build = ResidualJacobian if system.solver == "cgls" else None
-    with open_operator(point, system.curvature, coordinator, build=build) as A:
+    with open_operator(point, system.curvature, coordinator, system.parameters, build=build) as A:
         b = A.gradient if system.rhs == GRADIENT else A.space.piece(_read(system.rhs, A, coordinator))
         gg, bb = A.space.dots((A.gradient, A.gradient), (b, b))
         note = None if callback is None else functools.partial(_with_norm, callback, math.sqrt(bb))
