@@ -9,6 +9,7 @@
     vectors         what is left: the vector work of solvers, and dispatch
 
 A phase within another takes the time over. Where nothing is to be measured, entering a phase is one call that does nothing.
+Imports no torch.
 """
 
 from __future__ import annotations
@@ -19,16 +20,25 @@ import functools
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from typing import ParamSpec, TypeVar
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["PHASES", "Phases", "Profile"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
-PHASES = ("graphs", "products", "waiting", "preconditioner", "trial", "dense", "vectors")
+PHASES = {
+    "graphs": "gradient and its graph",
+    "products": "products",
+    "waiting": "communication, waiting",
+    "preconditioner": "preconditioner",
+    "trial": "values at trial points",
+    "dense": "matrix of direct",
+    "vectors": "vectors",
+}
 
 _NOTHING = contextlib.nullcontext()
 
@@ -111,6 +121,8 @@ class Phases:
 
     def _turn(self) -> None:
         if self._device is not None:
+            import torch
+
             # the stream that computes alone: what NCCL does on its own is waited for within a collective
             torch.cuda.current_stream(self._device).synchronize()
         now = time.perf_counter()

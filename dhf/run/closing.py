@@ -16,6 +16,7 @@ from dhf.run.monitor import Monitor
 from dhf.run.outcome import in_words
 from dhf.run.plot import draw_run
 from dhf.run.profile import ProfileTotals
+from dhf.run.records import read_run
 
 __all__ = ["Ending", "sum_up", "write_result"]
 
@@ -131,7 +132,7 @@ def _products(ending: Ending) -> str:
 def _draw(directory: RunDirectory, monitor: Monitor, problem: Problem) -> list[Path]:
     """The run's pictures; a missing matplotlib or a fault in drawing never changes how a run ended."""
     try:
-        paths = [draw_run(directory.metrics, directory.plots / "run.png")]
+        paths = [draw_run(read_run(directory.path), directory.plots / "run.png")]
         if problem.pictures is not None:
             paths += problem.pictures(problem.objective.module, directory.plots)
     except ImportError:

@@ -11,16 +11,6 @@ from dhf.phases import PHASES
 
 __all__ = ["ProfileTotals"]
 
-_WORDS = {
-    "graphs": "gradient and its graph",
-    "products": "products",
-    "waiting": "communication, waiting",
-    "preconditioner": "preconditioner",
-    "trial": "values at trial points",
-    "dense": "matrix of direct",
-    "vectors": "vectors",
-}
-
 
 @dataclasses.dataclass
 class ProfileTotals:
@@ -95,7 +85,7 @@ class ProfileTotals:
         for name, phase in found["phases"].items():
             if phase["most"]:
                 which = f"{phase['most']:.3f} (rank {phase['slowest_rank']})" if size > 1 else ""
-                lines.append(self._line(_WORDS[name], phase["seconds"], seconds) + f"{which:>19}")
+                lines.append(self._line(PHASES[name], phase["seconds"], seconds) + f"{which:>19}")
         lines.append(self._line("outside of steps", found["outside_steps"], seconds))
         rate = found["products_per_second"]
         ends = [] if rate is None else [f"{rate:,.0f} products a second of their own time"]
