@@ -23,7 +23,12 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "dhf.commands.solve",
         "solve (A + damping I) x = b with a problem's Hessian, Gauss-Newton or Fisher matrix",
     ),
+    "spectrum": ("dhf.commands.spectrum", "find eigenvalues, trace and density of such a matrix"),
+    "influence": ("dhf.commands.influence", "tell which training samples help or harm the loss on chosen samples"),
     "doctor": ("dhf.commands.doctor", "look at this machine, the ranks and a problem, and say what to change"),
+    "plot": ("dhf.commands.plot", "draw runs, and a spectrum"),
+    "compare": ("dhf.commands.compare", "compare runs in a table"),
+    "export": ("dhf.commands.export", "write a run's metrics as CSV"),
 }
 
 _HELP = """\
@@ -37,7 +42,9 @@ dhf {version}: distributed Hessian-free optimisation and curvature solves for Py
   python -m dhf doctor                               is this machine ready?
   python -m dhf doctor --problem my_problem.py:build
   python -m dhf solve --problem digits-classifier --damping 1e-2 --output x.pt
-  torchrun --nproc_per_node=4 -m dhf solve --at runs/first --solver minres
+  torchrun --nproc_per_node=4 -m dhf spectrum --at runs/first --largest 10 --output spectrum.json
+  python -m dhf influence --at runs/first --queries 0,5,10-14
+  python -m dhf plot runs/first
 
 Started by torchrun, srun or mpirun, every process is a rank; started alone, it is one process that does the same.
 """

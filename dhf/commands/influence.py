@@ -1,4 +1,4 @@
-"""python -m dhf influence: which training samples help or harm the loss on chosen samples. Imports no torch before there is work."""
+"""python -m dhf influence: which training samples help or harm the loss on chosen samples. Imports no torch at first."""
 
 from __future__ import annotations
 
@@ -65,9 +65,7 @@ class InfluenceFlags:
     top: int = _queries(5, "training samples shown on either side")
 
     curvature: Literal["ggn", "hessian"] = _system("ggn", "the matrix")
-    parameters: str | None = _system(
-        None, "take the matrix in these alone: names or patterns, such as layers.0,*.bias"
-    )
+    parameters: str | None = _system(None, "take the matrix in these alone: names or patterns, such as layers.0,*.bias")
     damping: float = _system(1e-3, "added to its diagonal")
     preconditioner: Literal["none", "jacobi", "empirical-fisher", "kfac", "nystrom"] = _system("none", "of the solves")
     preconditioner_rank: int | None = _system(None, "directions that nystrom samples")

@@ -1,4 +1,4 @@
-"""python -m dhf spectrum: eigenvalues, trace and density of a problem's curvature matrix. Imports no torch before there is work."""
+"""python -m dhf spectrum: eigenvalues, trace and density of a problem's curvature matrix. Imports no torch at first."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from dhf.commands.arguments import require_matplotlib
 from dhf.commands.parsing import DATA, RANKS, Asked, read
 from dhf.errors import UsageError
 from dhf.run.directory import plain, write_atomically
@@ -54,9 +55,7 @@ class SpectrumFlags:
         None, "a run's directory, or a checkpoint: look at its parameters, and its problem unless one is given"
     )
     curvature: Literal["hessian", "ggn", "fisher"] = _matrix("hessian", "the matrix")
-    parameters: str | None = _matrix(
-        None, "take the matrix in these alone: names or patterns, such as layers.0,*.bias"
-    )
+    parameters: str | None = _matrix(None, "take the matrix in these alone: names or patterns, such as layers.0,*.bias")
     products: Literal["retained", "traced", "compiled", "auto"] = _matrix("auto", "how products are taken")
 
     largest: int = _wanted(5, "eigenvalues at the upper end")
@@ -119,7 +118,9 @@ def _look(asked: Asked[SpectrumFlags], coordinator: Coordinator) -> int:
     point = take_place(asked.config, asked.given, own.at, coordinator, monitor.say)
     monitor.say(f"problem   {point.config.problem} at {point.where}, {comm.size} rank(s) over {comm.backend}")
     monitor.say(f"matrix    {own.curvature}; {sizes_in_words(point)}")
-    spectrum = look_at_spectrum(point, Wanted(**{f.name: getattr(own, f.name) for f in dataclasses.fields(Wanted)}), coordinator)
+    spectrum = look_at_spectrum(
+        point, Wanted(**{f.name: getattr(own, f.name) for f in dataclasses.fields(Wanted)}), coordinator
+    )
     result = _result(point, own, comm.size, spectrum)
     written = coordinator.attempt(lambda: _write(own, result) if leads else [])
     _report(monitor, spectrum, written)
@@ -138,7 +139,9 @@ def _report(monitor: Monitor, spectrum: Spectrum, written: Sequence[str]) -> Non
             monitor.say(f"{value:>20.8g}  within {bound:.1e}")
     if spectrum.trace is not None:
         error = spectrum.trace.standard_error
-        monitor.say(f"trace     {spectrum.trace.value:.6g}, standard error {error:.2g}, {spectrum.trace.products} products")
+        monitor.say(
+            f"trace     {spectrum.trace.value:.6g}, standard error {error:.2g}, {spectrum.trace.products} products"
+        )
     if spectrum.density is not None:
         monitor.say(f"density   about so many of {spectrum.n:,} eigenvalues, {spectrum.density.products} products")
         for line in spectrum.bars():

@@ -127,7 +127,8 @@ def loss_at(
     """
     rank, decay = coordinator.comm.rank, 0.0
     seeds = micro_batch_seeds(seed, rank, len(batches))
-    sums, failure = capture(lambda: evaluate(objective, theta.device, batches, seeds))
+    with coordinator.phases("trial"):
+        sums, failure = capture(lambda: evaluate(objective, theta.device, batches, seeds))
     if rank == 0 and objective.weight_decay:  # rank 0's alone, so that every rank holds the same bits
         decay = 0.5 * objective.weight_decay * float(theta.double().square().sum())
     total, count, decay = coordinator.reduce([*(sums or (0.0, 0.0)), decay], failure=failure)

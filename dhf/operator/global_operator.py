@@ -138,7 +138,8 @@ class GlobalOperator:
                 objective, self.parameters, pieces, seeds, build, move_buffers=move_buffers, retention=retention
             )
 
-        shard, failure = capture(build_shard)
+        with self.coordinator.phases("graphs"):
+            shard, failure = capture(build_shard)
         self._shard = shard
         self._reduction: Reduction = (
             Pieces(self.coordinator, self.parameters, self.RIDERS)
@@ -347,7 +348,8 @@ class GlobalOperator:
     def _multiply(self, v: Tensor | None, target: Target) -> None:
         assert v is not None
         self.parameters.check_vector(v)
-        self._open_shard().product(v, target.out, ready=target.ready)
+        with self.coordinator.phases("products"):
+            self._open_shard().product(v, target.out, ready=target.ready)
 
     def _sum_over_ranks(self, shard: ShardCurvature | None, failure: BaseException | None) -> None:
         """Add up losses, counts and gradients, tell every shard its place, and compare replicas, in two collectives."""
@@ -376,7 +378,8 @@ class GlobalOperator:
         rows = [int(r) for r in rest[: comm.size]]
         self.count, self.rows = total, rows
         self.outputs_per_row = round(widths / known) if known else 0
-        _, failure = capture(lambda: self._place(shard, total, sum(rows[: comm.rank])))
+        with coordinate.phases("graphs"):
+            _, failure = capture(lambda: self._place(shard, total, sum(rows[: comm.rank])))
 
         def write_gradient(_: Tensor | None, target: Target) -> None:
             # not finite where the loss is not

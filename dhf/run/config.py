@@ -12,10 +12,11 @@ import yaml
 
 from dhf.byte_size import parse_bytes
 from dhf.errors import UsageError
+from dhf.run.chosen import check_chosen
 from dhf.run.flags import Group, add_fields, in_words, make_parser, nearest
 from dhf.run.signals import signal_number
 
-__all__ = ["PHASE_SETTINGS", "PROBLEMS", "Config", "make_config", "parse", "to_yaml"]
+__all__ = ["PHASE_SETTINGS", "PROBLEMS", "WATCHING", "Config", "make_config", "parse", "to_yaml"]
 
 _USAGE = "python -m dhf.train [--config FILE] [--SETTING VALUE ...]"
 
@@ -53,6 +54,7 @@ _method = Group("optimizer")
 _hf = Group("Hessian-free", "what is not given is the preset's")
 _ranks = Group("ranks")
 _run = Group("run")
+_watch = Group("watching")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,6 +144,17 @@ class Config:
     )
     debug_nonfinite: bool = _run(False, "search for the sample where a loss, gradient or product is not finite")
     dry_run: bool = _run(False, "print sizes, memory and shards, and stop")
+
+    monitor: Literal["steps", "cg"] = _watch("steps", "what is shown: steps, or each iteration of their solves, too")
+    profile: bool = _watch(False, "measure where each step's time goes, by phase and rank; a GPU is then waited for")
+    record_solves: str = _watch(
+        "auto",
+        "steps whose solves leave their residuals in solves.jsonl: 1,5,10; all; none; auto is 1, 2, 5, 10, 20, ...",
+    )
+    tensorboard: bool = _watch(False, "write events for TensorBoard into the run directory, too")
+
+
+WATCHING = tuple(f.name for f in dataclasses.fields(Config) if f.metadata["group"] is _watch)
 
 
 _NAMES = tuple(field.name for field in dataclasses.fields(Config))
@@ -285,6 +298,7 @@ def _check(config: Config) -> None:
             )
     if config.target_loss is not None and not math.isfinite(config.target_loss):
         raise UsageError(f"--target-loss must be finite, got {config.target_loss}")
+    check_chosen(config.record_solves)
     for name in config.stop_signals.split(","):
         try:
             signal_number(name)

@@ -56,8 +56,8 @@ class Scores:
     Attributes:
         queries: The samples asked for.
         losses: Their losses, weight decay left out.
-        scores: Shape (queries, training samples), float64, in the units of the loss: the rise of the query's loss, to first order,
-            were the training sample left out. Positive for samples that help, negative for those that harm.
+        scores: Shape (queries, training samples), float64, in the units of the loss: the rise of the query's loss, to first
+            order, were the training sample left out. Positive for samples that help, negative for those that harm.
         solutions: The solve for each query.
     """
 

@@ -18,7 +18,7 @@ from dhf.errors import UsageError
 from dhf.optim import HessianFree
 from dhf.run.assembly import Parts
 from dhf.run.checkpoint import Found, decode, find, forget_after, load_module, save
-from dhf.run.config import Config
+from dhf.run.config import WATCHING, Config
 from dhf.run.directory import RunDirectory
 from dhf.run.random_state import capture_random_state, restore_random_state
 from dhf.run.schedule import Progress
@@ -170,7 +170,10 @@ def share(comm: Communicator, content: bytes | None) -> bytes:
     return buffer.numpy().tobytes()
 
 
-_EXPECTED_TO_CHANGE = ("resume", "run_dir", "overwrite", "dry_run", "steps", "time_budget", "threads", "timeout")
+_EXPECTED_TO_CHANGE = (
+    *("resume", "run_dir", "overwrite", "dry_run", "steps", "time_budget", "threads", "timeout"),
+    *WATCHING,
+)
 
 
 def _shown(value: Any) -> str:
