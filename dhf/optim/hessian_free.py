@@ -33,9 +33,9 @@ from dhf.evaluation import moving_buffers, restore_buffers, stream_seed
 from dhf.objective import Objective, require_objective
 from dhf.operator import GlobalOperator
 from dhf.optim.choices import choose_vectors, in_words, make_preconditioner, make_steering, name_of
-from dhf.optim.linearisation import Bounds, Dense, Linearisation, MakePreconditioner
+from dhf.optim.linearisation import ROWS_COST, Bounds, Dense, Linearisation, MakePreconditioner, OnIteration
 from dhf.optim.outcome import Outcome
-from dhf.optim.report import StepReport
+from dhf.optim.report import StepReport, in_gradients
 from dhf.optim.settings import Settings, resolve
 from dhf.optim.trial import Point, Trial
 from dhf.parameters import Parameters
@@ -98,6 +98,7 @@ class HessianFree(torch.optim.Optimizer):
         preset: The preset's name.
         settings: Every number in use.
         notes: What was chosen and why, in sentences, as far as it is known; more may be known after the first step.
+        on_iteration: Called with each Iteration of an iterative solver and the norm of the right-hand side, if it is set.
 
     Raises:
         UsageError: If an argument or the module cannot be used.
@@ -169,6 +170,7 @@ class HessianFree(torch.optim.Optimizer):
         self._verify, self._solver_is_open = True, self.settings.solver == "auto"
         self._retention: Retention | None = None
         self._graphs_told: tuple[int, int] | None = None  # kept and in all, as last noted
+        self.on_iteration: OnIteration | None = None
         super().__init__(self.parameters.tensors, {})
 
     @property
@@ -191,6 +193,7 @@ class HessianFree(torch.optim.Optimizer):
                 rank alike; the parameters are then as they were.
         """
         began, waited = time.perf_counter(), self.coordinator.seconds_waiting
+        self.coordinator.phases.begin()
         shard, failure = capture(lambda: micro_batches(batches))
         self.coordinator.require_same(self._facts(), failure=failure)
         assert shard is not None
@@ -209,8 +212,22 @@ class HessianFree(torch.optim.Optimizer):
             self._remember(*memory)
         else:
             self._steps += 1
-        seconds, waiting = time.perf_counter() - began, self.coordinator.seconds_waiting - waited
-        return dataclasses.replace(report, seconds=seconds, seconds_waiting=waiting)
+        profile = self.coordinator.phases.end()
+        return dataclasses.replace(
+            report,
+            seconds=time.perf_counter() - began,
+            seconds_waiting=self.coordinator.seconds_waiting - waited,
+            gradient_equivalents=self._cost(report),
+            profile=profile,
+        )
+
+    def _cost(self, report: StepReport) -> float:
+        """What a step has cost, in gradients."""
+        fraction, solver = self.settings.curvature_fraction, self.settings.solver
+        gradients = 1.0 if fraction == 1.0 else 1.0 + fraction
+        if solver == "direct":
+            gradients += ROWS_COST * fraction
+        return in_gradients(gradients, fraction * report.products, report.evaluations, self.settings.curvature)
 
     def _memory(self) -> tuple[Any, tuple[float, float] | None]:
         """What a step leaves behind for the next even before it is judged: the preconditioner's work, and the forcing term."""
@@ -313,6 +330,7 @@ class HessianFree(torch.optim.Optimizer):
             verify=self._verify,
             tell=self._note,
             retention=self._policy(),
+            on_iteration=self.on_iteration,
         )
 
     def _note(self, words: str) -> None:

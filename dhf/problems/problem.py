@@ -29,7 +29,9 @@ class Problem:
             there is none, makes of samples.
         validation: The same, held out; dhf reports its loss over all ranks. None for none.
         metrics: ``metrics(module)`` gives more numbers by name, taken on rank 0 after a step; None for none.
-        pictures: ``pictures(module, folder)`` draws files into a folder at the end, on rank 0, and returns their paths.
+        pictures: ``pictures(module, folder)`` draws files into a folder at the end, on rank 0, and returns their paths. Under
+            ``dhf plot``, matplotlib's settings are those of the ground and format asked for: a figure made by
+            ``matplotlib.figure.Figure`` follows them, and so does ``savefig`` to a name without suffix.
         dtype: ``"float32"`` or ``"float64"``: what parameters and data become where the user does not say otherwise.
 
     Raises:
