@@ -1,4 +1,7 @@
-"""What the API page needs of docstrings: examples as code, and names in Sphinx's notation as code, too."""
+"""What the API page needs of docstrings: examples as code, and names in Sphinx's notation as code, too.
+
+And of names: ``dhf.cg`` is the function, where ``dhf.solvers.cg`` may also be taken for the module that holds it.
+"""
 
 from __future__ import annotations
 
@@ -18,3 +21,15 @@ class Docstrings(griffe.Extension):
         if obj.docstring:
             text = _EXAMPLE.sub(r"\1Examples:", obj.docstring.value)
             obj.docstring.value = _ROLE.sub(r"`\1`", text)
+
+    def on_package(self, *, pkg: griffe.Module, **kwargs: Any) -> None:
+        for name, member in list(pkg.members.items()):
+            if not member.is_alias:
+                continue
+            path = member.target_path.removeprefix(f"{pkg.path}.")
+            try:
+                target = pkg[path]
+            except KeyError:
+                continue
+            if not target.is_alias and target.is_module and name in target.members:
+                pkg.set_member(name, griffe.Alias(name, f"{target.path}.{name}", parent=pkg))
