@@ -61,37 +61,35 @@ class SteadyMap:
 
 
 class Replay:
-    """A function without arguments that launches the same kernels on the same memory each time.
+    """Work that launches the same kernels on the same memory each time it is done.
 
-    On a GPU it is recorded at its second call and replayed from then on, unless it cannot be (it waits for the device, say)
-    or the memory that it needs meanwhile, which a recording keeps, is more than the device has left.
+    On a GPU it is recorded when it is done for the second time and replayed from then on, unless it cannot be (it waits for the
+    device, say) or the memory that it needs meanwhile, which a recording keeps, is more than the device has left.
 
     Args:
-        function: What is done.
-        device: Where.
-        warm: Whether its kernels have been launched before, so that it may be recorded at its first call.
+        device: Where it is done.
+        warm: Whether its kernels have been launched before, so that it may be recorded at once.
 
     Attributes:
         refused: Why it is not replayed, or None.
     """
 
-    def __init__(self, function: Callable[[], object], device: torch.device, *, warm: bool = False) -> None:
-        self._function, self._device = function, device
+    def __init__(self, device: torch.device, *, warm: bool = False) -> None:
+        self._device, self._done = device, warm
         self._recording: torch.cuda.CUDAGraph | None = None
-        self._called = warm
         self.refused: str | None = None if device.type == "cuda" else "it is not on a GPU"
 
-    def __call__(self) -> None:
-        """Do it."""
-        if self._recording is None and self._called and self.refused is None:
-            self._record()
-        self._called = True
+    def __call__(self, work: Callable[[], object]) -> None:
+        """Do it, by this function or by what has been recorded of it."""
+        if self._recording is None and self._done and self.refused is None:
+            self._record(work)
+        self._done = True
         if self._recording is not None:
             self._recording.replay()
         else:
-            self._function()
+            work()
 
-    def _record(self) -> None:
+    def _record(self, work: Callable[[], object]) -> None:
         device = self._device
         if torch.cuda.is_current_stream_capturing():
             return
@@ -104,7 +102,7 @@ class Replay:
                 # other threads, those that watch over collectives for one, may go on with what a recording forbids
                 recording.capture_begin(capture_error_mode="thread_local")
                 try:
-                    self._function()
+                    work()
                 finally:
                     recording.capture_end()
         except Exception as error:

@@ -29,7 +29,19 @@ from dhf.evaluation import check_module, micro_batch_seeds
 from dhf.memory import ran_out_of_memory
 from dhf.objective import Objective, require_objective
 from dhf.operator.as_scipy import to_scipy
-from dhf.operator.reduction import Part, Pieces, Reduced, Reducer, Reduction, Status, Steady, Target, Whole, Work
+from dhf.operator.reduction import (
+    Part,
+    Pieces,
+    Reduced,
+    Reducer,
+    Reduction,
+    Replays,
+    Status,
+    Steady,
+    Target,
+    Whole,
+    Work,
+)
 from dhf.parameters import Parameters
 from dhf.reason import Reason
 
@@ -141,7 +153,7 @@ class GlobalOperator:
                 objective, self.parameters, pieces, seeds, build, move_buffers=move_buffers, retention=retention
             )
 
-        self._multiply = Steady(self._launch, self._prepare)
+        self._replays = Replays(self.device)
         with self.coordinator.phases("graphs"):
             shard, failure = capture(build_shard)
         self._shard = shard
@@ -306,7 +318,7 @@ class GlobalOperator:
 
     def close(self) -> None:
         """Free the graphs; ``loss`` and ``gradient`` stay."""
-        self._multiply.forget()
+        self._replays.forget()
         if self._shard is not None:
             self._shard.close()
             self._shard = None
@@ -357,7 +369,7 @@ class GlobalOperator:
         for raised in (error, error.__cause__):
             if raised is not None:
                 traceback.clear_frames(raised.__traceback__)  # they hold what had been computed
-        self._multiply.forget()
+        self._replays.forget()
         freed = shard.free_half()
         everyone = self.comm.gather_objects((freed, shard.retained, shard.micro_batches))
         if not any(freed for freed, _, _ in everyone):
@@ -379,6 +391,10 @@ class GlobalOperator:
         if self._shard is None:
             raise StaleGraphError("the operator is closed: its graphs have been freed")
         return self._shard
+
+    @property
+    def _multiply(self) -> Steady:
+        return Steady(self._launch, self._prepare, self._replays)  # made each time: kept, it would be a cycle
 
     def _prepare(self, v: Tensor) -> bool:
         """Refuse what cannot be multiplied; whether all graphs are kept."""

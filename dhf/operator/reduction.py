@@ -28,7 +28,7 @@ from dhf.reason import Reason
 from dhf.replay import Replay
 from dhf.vector_space import LocalDots, Replicated, VectorSpace
 
-__all__ = ["Pieces", "Reduced", "Reducer", "Reduction", "Status", "Steady", "Target", "Whole"]
+__all__ = ["Pieces", "Reduced", "Reducer", "Reduction", "Replays", "Status", "Steady", "Target", "Whole"]
 
 _ALIGNED = 16  # numbers; what stands before the product keeps its place in cache lines
 
@@ -53,46 +53,58 @@ Work = Callable[[Tensor | None, Target], Any]
 Part = Callable[[Sequence[Tensor], Sequence[Tensor]], Any]
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
 class Steady:
     """Work that launches the same kernels for every vector, as long as graphs are kept; a GPU may replay it.
 
-    Args:
-        launch: The work; what it waits for, it must not wait for on the device.
+    Attributes:
+        launch: The work. What it waits for, it must not wait for on the device.
         prepare: Called on the host with each vector; raises if there is no going on, and says whether the graphs are kept.
+        replays: Where what is recorded of it stays from one vector to the next.
     """
 
-    def __init__(self, launch: Work, prepare: Callable[[Tensor], bool]) -> None:
-        self._launch, self._prepare = launch, prepare
-        self.replay: tuple[Replay, Tensor] | None = None
+    launch: Work
+    prepare: Callable[[Tensor], bool]
+    replays: Replays
 
     def __call__(self, v: Tensor | None, target: Target) -> None:
         """Once, without a replay."""
         assert v is not None
-        self._prepare(v)
-        self._launch(v, target)
+        self.prepare(v)
+        self.launch(v, target)
 
     def start(self, v: Tensor, target: Target, then: Callable[[], None]) -> None:
         """The work, and what always follows it; with a target that is the same each time."""
-        kept = self._prepare(v)
-        if not kept or v.device.type != "cuda":
-            self._launch(v, target)
+        replays = self.replays
+        given = replays.given(v) if self.prepare(v) and v.device.type == "cuda" else None
+
+        def work() -> None:
+            self.launch(v if given is None else given, target)
             then()
-            return
-        if self.replay is None:
-            given = torch.empty_like(v)
 
-            def launch() -> None:
-                self._launch(given, target)
-                then()
+        if given is None:
+            work()
+        else:
+            given.copy_(v)
+            replays.replay(work)
 
-            self.replay = Replay(launch, v.device), given
-        replay, given = self.replay
-        given.copy_(v)
-        replay()
+
+class Replays:
+    """What is recorded of an operator's products, and the vector that is multiplied then."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.forget()
 
     def forget(self) -> None:
-        """Free what is kept for a replay."""
-        self.replay = None
+        """Free it, since the graphs are to be freed or others."""
+        self.replay, self._given = Replay(self._device), torch.empty(0)
+
+    def given(self, like: Tensor) -> Tensor:
+        """The vector's memory."""
+        if self._given.shape != like.shape:
+            self._given = torch.empty_like(like)
+        return self._given
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

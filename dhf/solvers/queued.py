@@ -24,7 +24,6 @@ from dhf.reason import Reason
 from dhf.replay import Replay, SteadyMap
 from dhf.solvers.cg import ConjugateGradients
 from dhf.solvers.linear_operator import Agreement, QueueingOperator
-from dhf.solvers.solution import Iteration
 from dhf.solvers.symmetry import SymmetryCheck
 from dhf.vector_space import LocalDots
 
@@ -115,11 +114,6 @@ class QueuedConjugateGradients(ConjugateGradients):
         self._before = None if pAp > 4 * threshold else (self._x_before, self._p_before)
         return self.account(pAp, pp, rr, rho, threshold) or (Reason.NOT_SYMMETRIC if violated else None)
 
-    def end(self, reason: Reason) -> tuple[Tensor, Iteration, Tensor | None]:
-        """Where the solve stands."""
-        self._replays.clear()  # they refer to this object
-        return super().end(reason)
-
     def _queue_step(self, Ap: Tensor, word: Tensor, diagonal: float) -> None:
         """Launch a step; by a replay, where it may be."""
         looking = self._z is not None
@@ -129,9 +123,8 @@ class QueuedConjugateGradients(ConjugateGradients):
         if isinstance(self.precondition, SteadyMap):
             self.precondition.note()
         if looking not in self._replays:
-            launch = functools.partial(self._step, Ap, word, diagonal, looking)
-            self._replays[looking] = Replay(launch, Ap.device, warm=bool(self._replays))
-        self._replays[looking]()
+            self._replays[looking] = Replay(Ap.device, warm=bool(self._replays))
+        self._replays[looking](functools.partial(self._step, Ap, word, diagonal, looking))
 
     def _step(self, Ap: Tensor, word: Tensor, diagonal: float, looking: bool) -> None:
         """The iteration, a null one where the word says anything; with inner products of z before and now, if it is looked at."""

@@ -59,7 +59,7 @@ def same(plain: dhf.Solution, ahead: dhf.Solution, rtol: float = 1e-6) -> None:
     for snapshot, reference in zip(ahead.iterates, plain.iterates, strict=True):
         torch.testing.assert_close(snapshot.x, reference.x, rtol=1e-3, atol=1e-5)
     if plain.true_residual_norm == plain.true_residual_norm:
-        assert ahead.true_residual_norm == pytest.approx(plain.true_residual_norm, rel=0.1, abs=1e-12)
+        assert ahead.true_residual_norm == pytest.approx(plain.true_residual_norm, rel=0.5, abs=1e-12)
 
 
 def on(device: str, **options: Any) -> tuple[dhf.Objective, Any]:
