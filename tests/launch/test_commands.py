@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -47,6 +48,26 @@ def test_two_ranks_solve_as_one_does_and_say_it_once(folder):
     lines = out.splitlines()
     assert len(lines) == len(set(lines)) == 8
     assert lines[0] == "problem   mine.py:build at the initial parameters, 2 rank(s) over gloo"
+    assert not CONTROL.search(out)
+
+
+@pytest.mark.parametrize("command", ["spectrum", "influence"])
+def test_two_ranks_find_what_one_does(folder, command):
+    flags = [command, "--problem", "mine.py:build", "--micro-batch-size", "4", "--threads", "1"]
+    flags += ["--cg-rtol", "1e-11", "--queries", "0-2"] if command == "influence" else ["--smallest", "2"]
+    suffix = "npy" if command == "influence" else "json"
+    code, out, err = torchrun(*flags, "--output", f"two.{suffix}")
+    assert code == 0, err
+    assert main([*flags, "--output", f"one.{suffix}"]) == 0
+    if command == "influence":
+        two, one = (np.load(f"{name}.npy") for name in ("two", "one"))
+        np.testing.assert_allclose(two, one, rtol=1e-8, atol=1e-10 * np.abs(one).max())
+    else:
+        two, one = (json.loads(Path(f"{name}.json").read_text()) for name in ("two", "one"))
+        assert two["eigenvalues"] == pytest.approx(one["eigenvalues"], rel=1e-9)
+        assert two["trace"]["value"] == pytest.approx(one["trace"]["value"], rel=1e-11)
+        assert two["density"]["values"] == pytest.approx(one["density"]["values"], rel=1e-6, abs=1e-9)
+    assert sum(line.startswith("problem   mine.py:build") for line in out.splitlines()) == 1
     assert not CONTROL.search(out)
 
 
