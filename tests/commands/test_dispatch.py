@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -45,6 +46,14 @@ def test_help_of_a_command_has_examples_and_imports_no_torch(name):
         assert "exit codes" in text
         assert "torchrun --nproc_per_node=4" in text
     assert callable(importlib.import_module(COMMANDS[name][0]).main)
+
+
+def test_the_console_script_is_this_program():
+    scripts = Path(__file__).parents[2].joinpath("pyproject.toml").read_text().partition("[project.scripts]\n")[2]
+    name, _, target = scripts.splitlines()[0].partition(" = ")
+    module, _, function = target.strip('"').partition(":")
+    assert name == "dhf"
+    assert getattr(importlib.import_module(module), function) is main
 
 
 def test_no_command_is_a_call_for_help(capsys):

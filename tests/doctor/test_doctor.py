@@ -11,6 +11,7 @@ import torch
 
 from dhf.__main__ import main
 from dhf.commands.doctor import EXIT_CHANGE
+from dhf.train import main as train
 
 FAULTS = Path(__file__).with_name("faults.py")
 
@@ -156,6 +157,18 @@ def test_nccl_without_gpus_is_found_and_the_rest_is_looked_at_all_the_same(capsy
     assert "needs a GPU per rank: found 0, asked for 1" in found["what"]
     assert found["remedy"] == "use --backend gloo"
     assert [section["title"] for section in answer["sections"]] == ["environment", "collectives"]
+
+
+def test_a_run_s_configuration_is_taken_as_it_is(capsys, tmp_path):
+    """What a run has written, and a flag that makes it wrong."""
+    flags = ["--problem", f"{FAULTS}:build", "--options.fault", "ill-conditioned", "--steps", "1"]
+    assert train([*flags, "--run-dir", str(tmp_path / "run"), "--checkpoint-every", "0"]) == 0
+    capsys.readouterr()
+    written = ("--config", str(tmp_path / "run" / "config.yaml"))
+    assert look(capsys, None, *written)[0] == 0
+    code, findings, _ = look(capsys, None, *written, "--cg-rtol", "1e-9", "--solver", "cg")
+    assert code == EXIT_CHANGE
+    assert [f["where"] for f in findings if f["severity"] != "note"] == ["--cg-rtol"]
 
 
 def test_variables_of_a_launcher_that_are_not_whole(capsys, monkeypatch):
