@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,30 +39,31 @@ class Basis:
         self._whole = isinstance(space, Replicated)
 
     def inner(self, w: Tensor) -> Tensor:
-        """``V w``, float64 on the CPU, shape (size,)."""
+        """``V w``, shape (size,), of w's dtype and device, or float64 on the CPU."""
         rows = self.rows[: self.size]
         if self._whole:
-            return torch.mv(rows, w).double().cpu()
+            return torch.mv(rows, w)
         return torch.tensor(self.space.dots(*((row, w) for row in rows)) if self.size else [], dtype=torch.float64)
 
     def subtract(self, w: Tensor, coefficients: Tensor) -> None:
-        """``w - Vᵀ c`` in place, from the first ``len(c)`` vectors; c as :meth:`inner` returns it."""
+        """``w - Vᵀ c`` in place, from the first ``len(c)`` vectors; c of any dtype and device."""
         if len(coefficients):
             w.addmv_(self.rows[: len(coefficients)].T, coefficients.to(w), alpha=-1)
 
-    def orthogonalise(self, w: Tensor) -> tuple[Tensor, float]:
+    def orthogonalise(self, w: Tensor) -> tuple[np.ndarray, float]:
         """Take the basis out of w, in place.
 
         Returns:
-            What has been taken out, as :meth:`inner` does, and the norm of what is left.
+            What has been taken out, shape (size,), float64 on the CPU, and the norm of what is left.
         """
-        taken = torch.zeros(self.size, dtype=torch.float64)
+        taken = np.zeros(self.size)
         for _ in range(3):
             h = self.inner(w)
             self.subtract(w, h)
-            taken += h
+            h64 = h.cpu().numpy().astype(np.float64)
+            taken += h64
             (left,) = self.space.dots((w, w))
-            if not left < _LOST * (left + float(h @ h)):
+            if not left < _LOST * (left + float(h64 @ h64)):
                 break
         return taken, math.sqrt(left) if left >= 0 else math.nan
 
