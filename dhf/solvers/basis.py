@@ -50,6 +50,19 @@ class Basis:
         if len(coefficients):
             w.addmv_(self.rows[: len(coefficients)].T, coefficients.to(w), alpha=-1)
 
+    def along(self, w: Tensor, i: int) -> float:
+        """``w·v`` with the i-th vector; rounded as the vectors are, for what is then corrected by a pass."""
+        if self._whole:
+            return float(torch.dot(self.rows[i], w))
+        return self.space.dots((self.rows[i], w))[0]
+
+    def norm(self, w: Tensor) -> float:
+        """``‖w‖``, accumulated in float64."""
+        if self._whole:
+            return float(torch.linalg.vector_norm(w, dtype=torch.float64))
+        (square,) = self.space.dots((w, w))
+        return math.sqrt(square) if square >= 0 else math.nan
+
     def orthogonalise(self, w: Tensor) -> tuple[np.ndarray, float]:
         """Take the basis out of w, in place.
 
@@ -62,10 +75,10 @@ class Basis:
             self.subtract(w, h)
             h64 = h.cpu().numpy().astype(np.float64)
             taken += h64
-            (left,) = self.space.dots((w, w))
-            if not left < _LOST * (left + float(h64 @ h64)):
+            norm = self.norm(w)
+            if not norm * norm < _LOST * (norm * norm + float(h64 @ h64)):
                 break
-        return taken, math.sqrt(left) if left >= 0 else math.nan
+        return taken, norm
 
     def append(self, w: Tensor) -> float:
         """Add the direction of w that is orthogonal to the basis, and return the length of w in it.
@@ -74,9 +87,9 @@ class Basis:
         """
         row = self.rows[self.size]
         row.copy_(w)
-        (before,) = self.space.dots((row, row))
+        before = self.norm(row)
         _, norm = self.orthogonalise(row)
-        if norm <= 100 * torch.finfo(w.dtype).eps * math.sqrt(before):
+        if norm <= 100 * torch.finfo(w.dtype).eps * before:
             row.zero_()
             norm = 0.0
         else:

@@ -247,14 +247,12 @@ class _Search:
         return torch.argsort(keys, descending=True, stable=True)
 
     def _combine(self, small: Tensor) -> None:
-        """Replace the basis by Ritz vectors of unit length, each on the side of the start."""
-        basis, space = self.lanczos.basis, self.lanczos.space
+        """Replace the basis by Ritz vectors, each on the side of the start."""
+        basis = self.lanczos.basis
         basis.size = self.lanczos.j
         basis.combine(small)
-        rows = basis.rows[: basis.size]
-        dots = space.dots(*((row, row) for row in rows), *((row, self._start) for row in rows))
-        for row, squared, along in zip(rows, dots[: len(rows)], dots[len(rows) :], strict=True):
-            row.mul_(math.copysign(1 / math.sqrt(squared), along))
+        along = basis.inner(self._start).to(basis.rows)
+        basis.rows[: basis.size].mul_(torch.where(along < 0, -1.0, 1.0)[:, None])
 
     def _check(
         self, A: AgreeingOperator, values: Tensor, reason: Reason, scale: float

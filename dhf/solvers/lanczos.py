@@ -84,23 +84,21 @@ class Lanczos:
         drawn to go on with.
         """
         j, basis = self.j, self.basis
-        v = basis.rows[j]
         w = basis.rows[j + 1].copy_(product) if j + 1 < len(basis.rows) else product.clone()
-        # what is known of the product is taken out first, so that the pass over the basis finds rounding alone
+        # what is known of the product is taken out first: the pass over the basis would multiply its errors by what it finds
         if j == self._kept:
             basis.subtract(w, torch.from_numpy(self._T[:j, j].copy()))
         elif self.beta:
             w.sub_(basis.rows[j - 1], alpha=self.beta)
-        (alpha,) = self.space.dots((w, v))
-        if not math.isfinite(alpha):
-            return Reason.NON_FINITE
-        w.sub_(v, alpha=alpha)
+        alpha = basis.along(w, j)
+        w.sub_(basis.rows[j], alpha=alpha)
         taken, beta = basis.orthogonalise(w)
-        if not math.isfinite(beta):
+        alpha += float(taken[j])
+        if not (math.isfinite(alpha) and math.isfinite(beta)):
             return Reason.NON_FINITE
-        self._T[j, j] = alpha + taken[j]
+        self._T[j, j] = alpha
         self.scale = max(self.scale, math.hypot(alpha, beta, self.beta))
-        asymmetric = float(np.abs(taken).max()) > _ASYMMETRY * self.scale
+        asymmetric = bool(np.abs(taken).max() > _ASYMMETRY * self.scale)
         self.j, self.beta, self.run, self._products = j + 1, beta, self.run + 1, self._products + 1
         reason = None
         if self.complete:
@@ -153,7 +151,7 @@ class Lanczos:
                 basis.size = j
                 number += 1 << 32
             return
-        basis.rows[j].copy_(w).div_(norm)
+        torch.div(w, norm, out=basis.rows[j])
         basis.size = j + 1
         self.beta = norm
         self._T[j - 1, j] = self._T[j, j - 1] = norm
