@@ -46,7 +46,9 @@ def test_scores_are_those_of_the_dense_matrix(loss: str, curvature: str, decay: 
     assert found.scores.shape == (3, 9)
     truth = dense_scores(objective, batch, queries, matrix, loss, 0.3)
     torch.testing.assert_close(found.scores, truth, rtol=1e-7, atol=1e-9 * float(truth.abs().max()))
-    assert all(s.true_residual_norm <= 1e-10 * float(g.norm()) for s, g in zip(found.solutions, found.gradients))
+    assert all(
+        s.true_residual_norm <= 1e-10 * float(g.norm()) for s, g in zip(found.solutions, found.gradients, strict=True)
+    )
 
 
 def linear(samples: int = 12, width: int = 3) -> tuple[Tensor, Tensor]:

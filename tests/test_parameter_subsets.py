@@ -59,7 +59,9 @@ def test_curvature_in_some_parameters_is_a_block_of_the_whole(
     objective, batch = problem("mlp", "cross_entropy", weight_decay=0.1)
     whole = Parameters(objective.module)
     wanted = set(Parameters(objective.module, patterns).names)
-    chosen = torch.cat([torch.full((p.numel(),), name in wanted) for name, p in zip(whole.names, whole.tensors)])
+    chosen = torch.cat(
+        [torch.full((p.numel(),), name in wanted) for name, p in zip(whole.names, whole.tensors, strict=True)]
+    )
     matrices = {
         dhf.Hessian: dense_hessian(objective.module, batch, LOSSES["cross_entropy"][1], 0.1),
         dhf.GaussNewton: dense_gauss_newton(objective.module, batch, LOSSES["cross_entropy"][1], 0.1),

@@ -7,11 +7,12 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from dhf.commands.parsing import DATA, RANKS, Asked, read
+from dhf.commands.parsing import Asked, read
 from dhf.errors import RanksDifferError, UsageError
+from dhf.run.config import Config
 from dhf.run.entry import complain, on_ranks_together, own_rank
 from dhf.run.flags import Group
-from dhf.run.outcome import EXIT_DONE, EXIT_USAGE
+from dhf.run.outcome import EXIT_DONE, EXIT_USAGE, exit_code
 
 if TYPE_CHECKING:
     from dhf.comm import Communicator
@@ -23,12 +24,12 @@ EXIT_CHANGE = 6
 
 _DESCRIPTION = """\
 Look at this machine and its launcher, and try the collectives on the ranks that are there. With --problem, look at the problem as
-a run with the same flags would begin it: every module's derivatives, determinism, the loss, numbers against finite differences, a
-trial solve, memory and time. Ends with what to change, or with the one word "ready".
+a run with the same flags or configuration file would begin it: every module's derivatives, determinism, the loss, numbers
+against finite differences, a trial solve, memory and time. Ends with what to change, or with the one word "ready".
 
   python -m dhf doctor
   python -m dhf doctor --problem my_problem.py:build --options.width 128
-  python -m dhf doctor --problem digits-classifier --cg-rtol 1e-9 --json
+  python -m dhf doctor --config runs/first/config.yaml --cg-rtol 1e-9 --json
   torchrun --nproc_per_node=4 -m dhf doctor --problem my_problem.py:build --dtype float64
 """
 
@@ -36,19 +37,11 @@ _EPILOG = """\
 An error is what dhf refuses, or what would make its numbers wrong; a warning works, and should be changed all the same; a note is
 good to know. Finite differences are taken in float64, on eight samples; costs are measured on one micro-batch of each rank.
 
-exit codes: 0 ready, 6 something must be changed, 2 usage, 5 communication or rank failure. torchrun turns all but 0 into 1.
-"""
+Flags that begin, end or write a run are taken and change nothing here.
 
-_HF = (
-    "preset",
-    "curvature",
-    "solver",
-    "preconditioner",
-    "damping",
-    "cg_max_iterations",
-    "cg_rtol",
-    "products",
-)
+exit codes: 0 ready, 6 something must be changed, 2 usage, 5 communication or rank failure, 75 stopped by a signal. torchrun turns
+all but 0 into 1.
+"""
 
 _report = Group("report")
 
@@ -70,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             argv,
             "doctor",
             Doctor,
-            (*DATA, *_HF, *RANKS),
+            [field.name for field in dataclasses.fields(Config)],
             passed=("problem",),
             description=_DESCRIPTION,
             epilog=_EPILOG,
@@ -118,4 +111,4 @@ def _look(asked: Asked[Doctor], refusals: Sequence[UsageError], coordinator: Coo
         monitor = Monitor(True, "")
         for line in in_lines(examination):
             monitor.say(line)
-    return code
+    return code if coordinator.stopping is None else exit_code(coordinator.stopping)

@@ -69,7 +69,9 @@ class InfluenceFlags:
     damping: float = _system(1e-3, "added to its diagonal")
     preconditioner: Literal["none", "jacobi", "empirical-fisher", "kfac", "nystrom"] = _system("none", "of the solves")
     preconditioner_rank: int | None = _system(None, "directions that nystrom samples")
-    cg_rtol: float = _system(1e-6, "relative residual at which a solve stops")
+    cg_rtol: float | None = _system(
+        None, "relative residual at which a solve stops; 1e-6 in float64 and 1e-4 in float32 by default"
+    )
     cg_max_iterations: int | None = _system(None, "most iterations of a solve; ten times the parameters by default")
     products: Literal["retained", "traced", "compiled", "auto"] = _system("auto", "how products are taken")
 
@@ -106,7 +108,8 @@ def _check(own: InfluenceFlags) -> None:
 
 
 def _score(flags: Flags[InfluenceFlags], coordinator: Coordinator) -> int:
-    from dhf.run.influences import Asked, numbers_in, score_queries
+    from dhf.parameters import Parameters
+    from dhf.run.influences import RTOL, Asked, numbers_in, score_queries
     from dhf.run.monitor import Monitor
     from dhf.run.point import sizes_in_words, take_place
     from dhf.run.preflight import require_same_settings
@@ -124,7 +127,7 @@ def _score(flags: Flags[InfluenceFlags], coordinator: Coordinator) -> int:
         own.curvature,
         own.damping,
         own.parameters,
-        own.cg_rtol,
+        own.cg_rtol or RTOL[Parameters(point.objective.module).dtype],
         own.cg_max_iterations,
     )
     monitor.say(f"problem   {point.config.problem} at {point.where}, {comm.size} rank(s) over {comm.backend}")

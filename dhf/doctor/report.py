@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from dhf.doctor.examine import Examination
-from dhf.doctor.finding import Finding
+from dhf.doctor.finding import ERROR, Finding
 
 __all__ = ["as_dict", "in_lines"]
 
@@ -31,6 +31,7 @@ def in_lines(examination: Examination) -> Iterator[str]:
         yield from _aligned("flags", str(examination.advice))
         yield ""
     changes = [f for section in examination.sections for f in section.findings if f.must_change]
+    changes.sort(key=lambda finding: finding.severity != ERROR)
     if not changes:
         yield "ready"
         return

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,32 +39,46 @@ class Basis:
         self._whole = isinstance(space, Replicated)
 
     def inner(self, w: Tensor) -> Tensor:
-        """``V w``, float64 on the CPU, shape (size,)."""
+        """``V w``, shape (size,), of w's dtype and device, or float64 on the CPU."""
         rows = self.rows[: self.size]
         if self._whole:
-            return torch.mv(rows, w).double().cpu()
+            return torch.mv(rows, w)
         return torch.tensor(self.space.dots(*((row, w) for row in rows)) if self.size else [], dtype=torch.float64)
 
     def subtract(self, w: Tensor, coefficients: Tensor) -> None:
-        """``w - Vᵀ c`` in place, from the first ``len(c)`` vectors; c as :meth:`inner` returns it."""
+        """``w - Vᵀ c`` in place, from the first ``len(c)`` vectors; c of any dtype and device."""
         if len(coefficients):
             w.addmv_(self.rows[: len(coefficients)].T, coefficients.to(w), alpha=-1)
 
-    def orthogonalise(self, w: Tensor) -> tuple[Tensor, float]:
+    def along(self, w: Tensor, i: int) -> float:
+        """``w·v`` with the i-th vector; rounded as the vectors are, for what is then corrected by a pass."""
+        if self._whole:
+            return float(torch.dot(self.rows[i], w))
+        return self.space.dots((self.rows[i], w))[0]
+
+    def norm(self, w: Tensor) -> float:
+        """``‖w‖``, accumulated in float64."""
+        if self._whole:
+            return float(torch.linalg.vector_norm(w, dtype=torch.float64))
+        (square,) = self.space.dots((w, w))
+        return math.sqrt(square) if square >= 0 else math.nan
+
+    def orthogonalise(self, w: Tensor) -> tuple[np.ndarray, float]:
         """Take the basis out of w, in place.
 
         Returns:
-            What has been taken out, as :meth:`inner` does, and the norm of what is left.
+            What has been taken out, shape (size,), float64 on the CPU, and the norm of what is left.
         """
-        taken = torch.zeros(self.size, dtype=torch.float64)
+        taken = np.zeros(self.size)
         for _ in range(3):
             h = self.inner(w)
             self.subtract(w, h)
-            taken += h
-            (left,) = self.space.dots((w, w))
-            if not left < _LOST * (left + float(h @ h)):
+            h64 = h.cpu().numpy().astype(np.float64)
+            taken += h64
+            norm = self.norm(w)
+            if not norm * norm < _LOST * (norm * norm + float(h64 @ h64)):
                 break
-        return taken, math.sqrt(left) if left >= 0 else math.nan
+        return taken, norm
 
     def append(self, w: Tensor) -> float:
         """Add the direction of w that is orthogonal to the basis, and return the length of w in it.
@@ -72,9 +87,9 @@ class Basis:
         """
         row = self.rows[self.size]
         row.copy_(w)
-        (before,) = self.space.dots((row, row))
+        before = self.norm(row)
         _, norm = self.orthogonalise(row)
-        if norm <= 100 * torch.finfo(w.dtype).eps * math.sqrt(before):
+        if norm <= 100 * torch.finfo(w.dtype).eps * before:
             row.zero_()
             norm = 0.0
         else:

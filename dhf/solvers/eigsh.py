@@ -85,7 +85,7 @@ def eigsh(
             off by no more than that, and by its square over the distance to the other eigenvalues where these are further away.
             1e-8 in float64 and 1e-5 in float32 by default, whose products round at 1e-7 to 1e-6.
         max_iterations: Most products before the end; 50 times ``basis`` by default.
-        basis: Most vectors held, n at most, above k; ``max(2k + 20, 4k)`` by default. With fewer, memory is saved and more
+        basis: Most vectors held, n at most, above k; ``4k + 20`` by default. With fewer, memory is saved and more
             products are taken.
         seed: Names the start and other directions that are drawn; the same on all ranks.
         v0: Start, shape (n,) (or a piece of it where vectors are sharded); drawn by default.
@@ -224,10 +224,13 @@ class _Search:
         lanczos = self.lanczos
         if lanczos.j < self._due or (self._before is not None and self._since < _SETTLED):
             return False
-        self._due = lanczos.j + 1 + lanczos.j // 16  # a look costs j³
         values, _, bounds = lanczos.ritz()
         wanted = self._order(values)[: self._k]
-        return float(bounds[wanted].max()) <= self._tol * float(values.abs().max())
+        apart = float(bounds[wanted].max()) / (float(values.abs().max()) or 1.0)
+        # a look costs j³; bounds seldom fall fourfold in a step
+        least = math.ceil(math.log(max(apart, 1e-300) / max(self._tol, 1e-300), 4)) if apart else 0
+        self._due = lanczos.j + max(1, min(least, lanczos.j // 4))
+        return apart <= self._tol
 
     def _settles(self) -> bool:
         """Whether a subspace that has just been exhausted added nothing to what was wanted before it."""
@@ -244,14 +247,12 @@ class _Search:
         return torch.argsort(keys, descending=True, stable=True)
 
     def _combine(self, small: Tensor) -> None:
-        """Replace the basis by Ritz vectors of unit length, each on the side of the start."""
-        basis, space = self.lanczos.basis, self.lanczos.space
+        """Replace the basis by Ritz vectors, each on the side of the start."""
+        basis = self.lanczos.basis
         basis.size = self.lanczos.j
         basis.combine(small)
-        rows = basis.rows[: basis.size]
-        dots = space.dots(*((row, row) for row in rows), *((row, self._start) for row in rows))
-        for row, squared, along in zip(rows, dots[: len(rows)], dots[len(rows) :], strict=True):
-            row.mul_(math.copysign(1 / math.sqrt(squared), along))
+        along = basis.inner(self._start).to(basis.rows)
+        basis.rows[: basis.size].mul_(torch.where(along < 0, -1.0, 1.0)[:, None])
 
     def _check(
         self, A: AgreeingOperator, values: Tensor, reason: Reason, scale: float
@@ -279,4 +280,4 @@ def _capacity(n: int, k: int, basis: int | None) -> int:
         raise ValueError(f"k must be from 1 to n = {n}, got {k}")
     if basis is not None and basis <= k and basis < n:
         raise ValueError(f"basis must be above k = {k}, got {basis}")
-    return min(n, max(2 * k + 20, 4 * k) if basis is None else basis)
+    return min(n, 4 * k + 20 if basis is None else basis)

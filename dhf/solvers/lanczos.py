@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -50,7 +51,7 @@ class Lanczos:
     def __init__(self, space: VectorSpace, n: int, start: Tensor, capacity: int, draw: Callable[[int], Tensor]) -> None:
         self.space, self.n, self._draw = space, n, draw
         self.basis = Basis(space, start, min(capacity + 1, n))
-        self._T = torch.zeros(capacity + 1, capacity + 1, dtype=torch.float64)
+        self._T = np.zeros((capacity + 1, capacity + 1))
         self.j = self.run = self._products = self._kept = 0
         self.beta = self.scale = 0.0
         self._residual: tuple[Tensor, float] | None = None
@@ -74,7 +75,7 @@ class Lanczos:
     @property
     def T(self) -> Tensor:
         """The small matrix, float64 on the CPU, shape (j, j)."""
-        return self._T[: self.j, : self.j]
+        return torch.from_numpy(self._T[: self.j, : self.j].copy())
 
     def advance(self, product: Tensor) -> Reason | None:
         """Take in the product of :attr:`next`; the reason where there is something about it.
@@ -83,23 +84,21 @@ class Lanczos:
         drawn to go on with.
         """
         j, basis = self.j, self.basis
-        v = basis.rows[j]
         w = basis.rows[j + 1].copy_(product) if j + 1 < len(basis.rows) else product.clone()
-        # what is known of the product is taken out first, so that the pass over the basis finds rounding alone
+        # what is known of the product is taken out first: the pass over the basis would multiply its errors by what it finds
         if j == self._kept:
-            basis.subtract(w, self._T[:j, j])
+            basis.subtract(w, torch.from_numpy(self._T[:j, j].copy()))
         elif self.beta:
             w.sub_(basis.rows[j - 1], alpha=self.beta)
-        (alpha,) = self.space.dots((w, v))
-        if not math.isfinite(alpha):
-            return Reason.NON_FINITE
-        w.sub_(v, alpha=alpha)
+        alpha = basis.along(w, j)
+        w.sub_(basis.rows[j], alpha=alpha)
         taken, beta = basis.orthogonalise(w)
-        if not math.isfinite(beta):
+        alpha += float(taken[j])
+        if not (math.isfinite(alpha) and math.isfinite(beta)):
             return Reason.NON_FINITE
-        self._T[j, j] = alpha + float(taken[j])
+        self._T[j, j] = alpha
         self.scale = max(self.scale, math.hypot(alpha, beta, self.beta))
-        asymmetric = float(taken.abs().max()) > _ASYMMETRY * self.scale
+        asymmetric = bool(np.abs(taken).max() > _ASYMMETRY * self.scale)
         self.j, self.beta, self.run, self._products = j + 1, beta, self.run + 1, self._products + 1
         reason = None
         if self.complete:
@@ -134,7 +133,7 @@ class Lanczos:
         self.basis.combine(vectors)
         self.basis.rows[kept] = following
         self.basis.size = kept + 1
-        self._T.zero_()
+        self._T[:] = 0.0
         self._T[range(kept), range(kept)] = values
         self._T[:kept, kept] = self._T[kept, :kept] = coupling
         self.j = self._kept = kept
@@ -152,7 +151,7 @@ class Lanczos:
                 basis.size = j
                 number += 1 << 32
             return
-        basis.rows[j].copy_(w).div_(norm)
+        torch.div(w, norm, out=basis.rows[j])
         basis.size = j + 1
         self.beta = norm
         self._T[j - 1, j] = self._T[j, j - 1] = norm

@@ -5,10 +5,13 @@ from __future__ import annotations
 import importlib
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from dhf.__main__ import COMMANDS, main
+
+DISTRIBUTED = ("train", "solve", "spectrum", "influence", "doctor")
 
 
 def loaded_after(*argv: str) -> tuple[str, list[str]]:
@@ -37,11 +40,20 @@ def test_help_lists_the_commands_and_imports_no_torch():
 def test_help_of_a_command_has_examples_and_imports_no_torch(name):
     text, heavy = loaded_after(name, "--help")
     assert heavy == []
-    assert "exit codes" in text
     example = "python -m dhf.train" if name == "train" else f"python -m dhf {name}"
     assert f"  {example}" in text
-    assert "torchrun" in text
+    if name in DISTRIBUTED:
+        assert "exit codes" in text
+        assert "torchrun --nproc_per_node=4" in text
     assert callable(importlib.import_module(COMMANDS[name][0]).main)
+
+
+def test_the_console_script_is_this_program():
+    scripts = Path(__file__).parents[2].joinpath("pyproject.toml").read_text().partition("[project.scripts]\n")[2]
+    name, _, target = scripts.splitlines()[0].partition(" = ")
+    module, _, function = target.strip('"').partition(":")
+    assert name == "dhf"
+    assert getattr(importlib.import_module(module), function) is main
 
 
 def test_no_command_is_a_call_for_help(capsys):
@@ -53,7 +65,7 @@ def test_no_command_is_a_call_for_help(capsys):
     ("argv", "words"),
     [
         (["sovle"], "unknown command 'sovle'; did you mean solve?"),
-        (["xyzzy"], "unknown command 'xyzzy'; choose from train, solve, doctor"),
+        (["xyzzy"], "unknown command 'xyzzy'; choose from train, solve, spectrum, influence, doctor"),
         (["solve", "--dampign", "1"], "unknown setting --dampign; did you mean --damping?"),
         (["solve", "--damping", "-1"], "--damping must be finite and not negative, got -1.0"),
         (["solve", "--output", "x.txt"], "--output x.txt must end in .pt or .npy"),

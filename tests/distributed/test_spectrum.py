@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import dhf
 from dhf.comm import Communicator
-from tests.distributed.test_agreement import SEEDS, Disturbed
+from tests.distributed.test_agreement import SEEDS
 from tests.distributed.test_operator import SAMPLES, SHARDS, Poisoned, my_batches
 from tests.models import LOSSES, dense_hessian, problem, split
 from tests.ranks import ranks, try_ranks
@@ -98,16 +98,18 @@ def test_each_rank_scores_its_own_samples(size: int, shards: str) -> None:
 
 
 class Watched:
-    """Counts the products and verdicts that were taken with different proposals on different ranks; its inner products round."""
+    """Counts products and verdicts that met different proposals; its products are off by some units in the last place."""
 
     def __init__(self, A: Any, name: int, ulps: int) -> None:
-        self._A, self.space, self.mixed = A, Disturbed(name, ulps), 0
+        self._A, self.space, self.mixed = A, A.space, 0
+        self._generator, self._ulps = torch.Generator().manual_seed(name), ulps
         self.shape, self.dtype, self.device = A.shape, A.dtype, A.device
 
     def apply(self, v: Tensor, *agreement: Any) -> tuple[Tensor, Any]:
         product, verdict = self._A.apply(v, *agreement)
         self.mixed += not verdict.valid
-        return product, verdict
+        off = torch.randint(-self._ulps, self._ulps + 1, product.shape, generator=self._generator)
+        return product * (1 + off.double() * 2.0**-52), verdict
 
     def agree(self, *agreement: Any) -> Any:
         verdict = self._A.agree(*agreement)
@@ -133,7 +135,7 @@ def search_disturbed(comm: Communicator, disturbed: list[int], at: int) -> list[
 
 
 @pytest.mark.parametrize("disturbed", [[3], [0, 1, 2, 3]], ids=["last rank", "all ranks"])
-@pytest.mark.parametrize("at", [6, 9])
+@pytest.mark.parametrize("at", [6, 7])
 def test_all_ranks_stop_together(at: int, disturbed: list[int]) -> None:
     cases = list(zip(*ranks(4, search_disturbed, disturbed=disturbed, at=at), strict=True))
     for (pairs, mixed), *others in cases:

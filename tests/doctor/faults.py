@@ -132,6 +132,27 @@ class Drift(nn.Module):
         return x * (1 + 0.1 / next(self.calls))
 
 
+class Slope(dhf.LeastSquares):
+    """Residuals with a derivative in the input, as of a PDE."""
+
+    def outputs(self, batch):
+        (x,) = batch
+        x = x.detach().requires_grad_(True)
+        return torch.autograd.grad(self.module(x).square().sum(), x, create_graph=True)[0] - 1.0
+
+
+class CarefulSlope(Slope):
+    def outputs(self, batch):
+        with torch.enable_grad():
+            return super().outputs(batch)
+
+
+def slope(careful: bool = False) -> dhf.Problem:
+    body = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1))
+    x = torch.rand(10, 2, generator=torch.Generator().manual_seed(2))
+    return dhf.Problem((CarefulSlope if careful else Slope)(body), (x,), dtype="float64")
+
+
 def build(fault: str = "") -> dhf.Problem:
     generator = torch.Generator().manual_seed(1)
     shape = (12, 4, 4) if fault in ("flash", "attention", "lstm", "gru") else (12, 4)

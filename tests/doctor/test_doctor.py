@@ -11,6 +11,7 @@ import torch
 
 from dhf.__main__ import main
 from dhf.commands.doctor import EXIT_CHANGE
+from dhf.train import main as train
 
 FAULTS = Path(__file__).with_name("faults.py")
 
@@ -120,6 +121,19 @@ def test_numbers_agree_with_finite_differences(capsys, curvature):
         assert float(facts[label].split()[2]) < 1e-6
 
 
+@pytest.mark.parametrize("careful", ["true", "false"])
+def test_residuals_that_take_derivatives_need_gradients_at_trial_points(capsys, careful):
+    code, findings, _ = look(capsys, None, "--problem", f"{FAULTS}:slope", "--options.careful", careful)
+    found = [f for f in findings if f["severity"] != "note"]
+    if careful == "true":
+        assert (code, found) == (0, [])
+        return
+    assert code == EXIT_CHANGE
+    assert "the loss cannot be taken with gradients off, as it is at trial points" in found[0]["what"]
+    assert "torch.enable_grad()" in found[0]["remedy"]
+    assert len(found) == 1
+
+
 def test_float32_with_a_tolerance_that_it_cannot_reach(capsys):
     flags = ("--cg-rtol", "1e-9", "--damping", "1e-4", "--solver", "cg")
     code, findings, _ = look(capsys, "ill-conditioned", *flags)
@@ -143,6 +157,18 @@ def test_nccl_without_gpus_is_found_and_the_rest_is_looked_at_all_the_same(capsy
     assert "needs a GPU per rank: found 0, asked for 1" in found["what"]
     assert found["remedy"] == "use --backend gloo"
     assert [section["title"] for section in answer["sections"]] == ["environment", "collectives"]
+
+
+def test_a_run_s_configuration_is_taken_as_it_is(capsys, tmp_path):
+    """What a run has written, and a flag that makes it wrong."""
+    flags = ["--problem", f"{FAULTS}:build", "--options.fault", "ill-conditioned", "--steps", "1"]
+    assert train([*flags, "--run-dir", str(tmp_path / "run"), "--checkpoint-every", "0"]) == 0
+    capsys.readouterr()
+    written = ("--config", str(tmp_path / "run" / "config.yaml"))
+    assert look(capsys, None, *written)[0] == 0
+    code, findings, _ = look(capsys, None, *written, "--cg-rtol", "1e-9", "--solver", "cg")
+    assert code == EXIT_CHANGE
+    assert [f["where"] for f in findings if f["severity"] != "note"] == ["--cg-rtol"]
 
 
 def test_variables_of_a_launcher_that_are_not_whole(capsys, monkeypatch):

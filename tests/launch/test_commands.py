@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -33,20 +34,43 @@ def torchrun(*command: str) -> tuple[int, str, str]:
     return Launched(2, *command, program=("-m", "dhf")).wait()
 
 
-def test_two_ranks_solve_as_one_does_and_say_it_once(folder):
-    flags = ("--problem", "mine.py:build", "--micro-batch-size", "4", "--cg-rtol", "1e-11", "--threads", "1")
-    code, out, err = torchrun("solve", *flags, "--vectors", "sharded", "--output", "two.pt")
+def test_two_ranks_find_what_one_does_and_say_it_once(folder):
+    """Three commands by one launch, each joining the ranks anew."""
+    shared = ["--problem", "mine.py:build", "--micro-batch-size", "4", "--threads", "1"]
+    solve = ["solve", *shared, "--cg-rtol", "1e-11", "--vectors", "sharded", "--output", "OUT.pt"]
+    spectrum = ["spectrum", *shared, "--smallest", "2", "--output", "OUT.json"]
+    influence = ["influence", *shared, "--cg-rtol", "1e-11", "--queries", "0-2", "--output", "OUT.npy"]
+    commands = [solve, spectrum, influence]
+
+    def named(name: str) -> list[list[str]]:
+        return [[flag.replace("OUT", f"{name}-{command[0]}") for flag in command] for command in commands]
+
+    Path("all.py").write_text(
+        f"import sys\nfrom dhf.__main__ import main\nsys.exit(max(main(command) for command in {named('two')!r}))\n"
+    )
+    code, out, err = Launched(2, program=("all.py",)).wait()
     assert code == 0, err
-    assert main(["solve", *flags, "--output", "one.pt"]) == 0
-    two, one = (torch.load(f"{name}.pt", weights_only=True) for name in ("two", "one"))
+    assert [main(command) for command in named("one")] == [0, 0, 0]
+
+    two, one = (torch.load(f"{name}-solve.pt", weights_only=True) for name in ("two", "one"))
     assert float((two - one).norm() / one.norm()) < 1e-9
-    results = [json.loads(Path(f"{name}.json").read_text()) for name in ("two", "one")]
+    results = [json.loads(Path(f"{name}-solve.json").read_text()) for name in ("two", "one")]
     assert [r["world_size"] for r in results] == [2, 1]
     assert results[0]["loss"] == pytest.approx(results[1]["loss"], rel=1e-13)
     assert results[0]["iterations"] == results[1]["iterations"]
+
+    found, alone = (json.loads(Path(f"{name}-spectrum.json").read_text()) for name in ("two", "one"))
+    assert found["eigenvalues"] == pytest.approx(alone["eigenvalues"], rel=1e-9)
+    assert found["trace"]["value"] == pytest.approx(alone["trace"]["value"], rel=1e-11)
+    assert found["density"]["values"] == pytest.approx(alone["density"]["values"], rel=1e-6, abs=1e-9)
+
+    many, single = (np.load(f"{name}-influence.npy") for name in ("two", "one"))
+    np.testing.assert_allclose(many, single, rtol=1e-8, atol=1e-10 * np.abs(single).max())
+
+    said = "problem   mine.py:build at the initial parameters, 2 rank(s) over gloo"
     lines = out.splitlines()
-    assert len(lines) == len(set(lines)) == 8
-    assert lines[0] == "problem   mine.py:build at the initial parameters, 2 rank(s) over gloo"
+    assert lines.count(said) == 3
+    assert sum(line.startswith("written   ") for line in lines) == 3
     assert not CONTROL.search(out)
 
 

