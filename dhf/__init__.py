@@ -12,11 +12,14 @@ _PUBLIC = {
     "BinaryCrossEntropy": "dhf.losses",
     "CommunicationError": "dhf.errors",
     "CrossEntropy": "dhf.losses",
+    "DiagonalEstimate": "dhf.estimators",
+    "Eigenpairs": "dhf.solvers",
     "Fisher": "dhf.operator",
     "GaussNewton": "dhf.operator",
     "GlobalOperator": "dhf.operator",
     "Hessian": "dhf.operator",
     "HessianFree": "dhf.optim",
+    "Influence": "dhf.influence_functions",
     "KFAC": "dhf.preconditioners",
     "LeastSquares": "dhf.objective",
     "MeanSquaredError": "dhf.losses",
@@ -31,18 +34,27 @@ _PUBLIC = {
     "ReplicasDivergedError": "dhf.errors",
     "ResidualJacobian": "dhf.operator",
     "Solution": "dhf.solvers",
+    "SpectralDensity": "dhf.estimators",
     "StaleGraphError": "dhf.errors",
     "StepReport": "dhf.optim",
+    "TraceEstimate": "dhf.estimators",
     "UsageError": "dhf.errors",
     "cg": "dhf.solvers",
     "cgls": "dhf.solvers",
     "connect": "dhf.comm",
+    "diagonal": "dhf.estimators",
     "direct": "dhf.solvers",
+    "eigsh": "dhf.solvers",
     "empirical_fisher": "dhf.preconditioners",
     "forcing_term": "dhf.solvers",
+    "influence": "dhf.influence_functions",
     "jacobi": "dhf.preconditioners",
     "minres": "dhf.solvers",
+    "shard": "dhf.problems",
+    "solve_many": "dhf.solvers",
+    "spectral_density": "dhf.estimators",
     "steihaug": "dhf.solvers",
+    "trace": "dhf.estimators",
 }
 
 __all__ = ["__version__", *_PUBLIC]
@@ -57,6 +69,14 @@ if TYPE_CHECKING:
     from dhf.errors import ReplicasDivergedError as ReplicasDivergedError
     from dhf.errors import StaleGraphError as StaleGraphError
     from dhf.errors import UsageError as UsageError
+    from dhf.estimators import DiagonalEstimate as DiagonalEstimate
+    from dhf.estimators import SpectralDensity as SpectralDensity
+    from dhf.estimators import TraceEstimate as TraceEstimate
+    from dhf.estimators import diagonal as diagonal
+    from dhf.estimators import spectral_density as spectral_density
+    from dhf.estimators import trace as trace
+    from dhf.influence_functions import Influence as Influence
+    from dhf.influence_functions import influence as influence
     from dhf.losses import BinaryCrossEntropy as BinaryCrossEntropy
     from dhf.losses import CrossEntropy as CrossEntropy
     from dhf.losses import MeanSquaredError as MeanSquaredError
@@ -74,13 +94,17 @@ if TYPE_CHECKING:
     from dhf.preconditioners import empirical_fisher as empirical_fisher
     from dhf.preconditioners import jacobi as jacobi
     from dhf.problems import Problem as Problem
+    from dhf.problems import shard as shard
     from dhf.reason import Reason as Reason
+    from dhf.solvers import Eigenpairs as Eigenpairs
     from dhf.solvers import Solution as Solution
     from dhf.solvers import cg as cg
     from dhf.solvers import cgls as cgls
     from dhf.solvers import direct as direct
+    from dhf.solvers import eigsh as eigsh
     from dhf.solvers import forcing_term as forcing_term
     from dhf.solvers import minres as minres
+    from dhf.solvers import solve_many as solve_many
     from dhf.solvers import steihaug as steihaug
 
 

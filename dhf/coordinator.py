@@ -33,6 +33,7 @@ from torch import Tensor
 from dhf.comm import Communicator, Pending
 from dhf.errors import PerSampleError, RankError, RanksDifferError, ReplicasDivergedError, StaleGraphError, UsageError
 from dhf.memory import ran_out_of_memory
+from dhf.phases import Phases
 from dhf.reason import Reason
 
 __all__ = ["Coordinator", "Verdict", "capture", "fingerprint", "mark_of"]
@@ -65,6 +66,7 @@ class Coordinator:
         comm: The communicator.
         interrupted: Says whether this rank has received a stop signal.
         deadline: ``time.monotonic()`` second at which rank 0 ends the work; None for never.
+        phases: Measures what the time goes into; by default nothing is measured.
 
     Attributes:
         WIDTH: Numbers in a status word.
@@ -84,8 +86,10 @@ class Coordinator:
         *,
         interrupted: Callable[[], bool] = lambda: False,
         deadline: float | None = None,
+        phases: Phases | None = None,
     ) -> None:
         self.comm = comm
+        self.phases = phases or Phases(active=False)
         self.deadline = deadline
         self.stopping: Reason | None = None
         self.seconds_waiting = 0.0
@@ -184,10 +188,11 @@ class Coordinator:
 
     def all_reduce(self, buffer: Tensor) -> None:
         """The communicator's sum, timed."""
-        self._timed(lambda: self.comm.all_reduce(buffer))
+        self._timed(lambda: self.comm.all_reduce(buffer), buffer)
 
     def start_all_reduce(self, buffer: Tensor) -> Pending:
         """The communicator's sum, started; :meth:`wait` times what is left of it."""
+        self._note(buffer)
         return self.comm.start_all_reduce(buffer)
 
     def wait(self, pending: Pending) -> None:
@@ -196,11 +201,11 @@ class Coordinator:
 
     def reduce_scatter(self, buffer: Tensor, out: Tensor) -> None:
         """The communicator's, timed."""
-        self._timed(lambda: self.comm.reduce_scatter(buffer, out))
+        self._timed(lambda: self.comm.reduce_scatter(buffer, out), buffer)
 
     def all_gather(self, piece: Tensor, out: Tensor) -> None:
         """The communicator's, timed."""
-        self._timed(lambda: self.comm.all_gather(piece, out))
+        self._timed(lambda: self.comm.all_gather(piece, out), out)
 
     def total(
         self,
@@ -311,10 +316,17 @@ class Coordinator:
             distance = max(self.comm.gather_objects(apart))
         return reduced[self.MARK :], distance
 
-    def _timed(self, collective: Callable[[], None]) -> None:
-        began = time.perf_counter()
-        collective()
-        self.seconds_waiting += time.perf_counter() - began
+    def _timed(self, collective: Callable[[], None], buffer: Tensor | None = None) -> None:
+        with self.phases("waiting"):
+            began = time.perf_counter()
+            collective()
+            self.seconds_waiting += time.perf_counter() - began
+        if buffer is not None:
+            self._note(buffer)
+
+    def _note(self, buffer: Tensor) -> None:
+        if self.comm.size > 1:
+            self.phases.reduced(buffer.nbytes)
 
     def _note_stop(self, interrupted: float, late: float) -> None:
         if interrupted:

@@ -22,6 +22,7 @@ from dhf.objective import Objective
 __all__ = [
     "check_module",
     "evaluate",
+    "follows_batch",
     "full_precision",
     "micro_batch_seeds",
     "moving_buffers",
@@ -124,7 +125,7 @@ def check_module(module: torch.nn.Module) -> None:
             raise UsageError(
                 f"submodule {path!r} is a SyncBatchNorm, which has no second derivative; use GroupNorm or LayerNorm"
             )
-        if isinstance(child, torch.nn.modules.batchnorm._NormBase) and _follows_batch(child) and not warned:
+        if isinstance(child, torch.nn.modules.batchnorm._NormBase) and follows_batch(child) and not warned:
             warned = True
             warnings.warn(
                 f"submodule {path!r} is a {type(child).__name__} in training mode: the objective is then not a mean over "
@@ -137,7 +138,7 @@ def check_module(module: torch.nn.Module) -> None:
 def moving_buffers(module: torch.nn.Module) -> list[Tensor]:
     """The running statistics that a forward pass in training mode moves."""
     norms = (m for m in module.modules() if isinstance(m, torch.nn.modules.batchnorm._NormBase))
-    return [b for m in norms if _follows_batch(m) and m.track_running_stats for b in m.buffers(recurse=False)]
+    return [b for m in norms if follows_batch(m) and m.track_running_stats for b in m.buffers(recurse=False)]
 
 
 def restore_buffers(buffers: Sequence[Tensor], values: Sequence[Tensor]) -> None:
@@ -165,7 +166,8 @@ def evaluate(
     return total.item(), weight
 
 
-def _follows_batch(norm: torch.nn.Module) -> bool:
+def follows_batch(norm: torch.nn.Module) -> bool:
+    """Whether a normalisation depends on the other samples of its batch, or its running statistics move with them."""
     # InstanceNorm normalises within a sample; only its running statistics follow the batch
     within_sample = isinstance(norm, torch.nn.modules.instancenorm._InstanceNorm)
     return norm.training and (bool(norm.track_running_stats) or not within_sample)

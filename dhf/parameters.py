@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import fnmatch
 from collections.abc import Sequence
 
 import torch
@@ -20,26 +22,36 @@ class Parameters:
 
     Args:
         module: The module that owns the parameters.
+        only: Patterns of the names that are wanted, ``*`` and ``?`` as in file names; the name of a submodule stands for all its
+            parameters. The others are then constants. By default all trainable parameters are wanted.
 
     Attributes:
         names: One dotted name per tensor.
         tensors: The parameters themselves, not copies.
+        others: Trainable parameters that are left out.
         numel: Length n of the flat vector.
         dtype: The one dtype they share, torch.float32 or torch.float64.
         device: The one device they share.
 
     Raises:
-        UsageError: If nothing is trainable, or the dtypes or devices differ or cannot be used.
+        UsageError: If nothing is trainable, the dtypes or devices differ or cannot be used, or a pattern fits no name.
 
     Example:
         >>> import torch
         >>> parameters = Parameters(torch.nn.Linear(2, 3))
         >>> parameters.names, parameters.numel
         (('weight', 'bias'), 9)
+        >>> Parameters(torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 1)), "1").names
+        ('1.weight', '1.bias')
     """
 
-    def __init__(self, module: torch.nn.Module) -> None:
+    def __init__(self, module: torch.nn.Module, only: str | Sequence[str] | None = None) -> None:
         named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        self.others: tuple[Tensor, ...] = ()
+        if only is not None:
+            wanted = _matching(module, [only] if isinstance(only, str) else only)
+            self.others = tuple(p for _, p in named if id(p) not in wanted)
+            named = [(name, p) for name, p in named if id(p) in wanted]
         _check_usable(module, named)
         self.names: tuple[str, ...] = tuple(name for name, _ in named)
         self.tensors: tuple[Tensor, ...] = tuple(p for _, p in named)
@@ -69,6 +81,10 @@ class Parameters:
         """A flat copy of the current values, shape (n,)."""
         return self.flatten([p.detach() for p in self.tensors])
 
+    def read_all(self) -> Tensor:
+        """The same, with the trainable parameters that are left out behind them."""
+        return self.flatten([p.detach() for p in (*self.tensors, *self.others)])
+
     @torch.no_grad()
     def write(self, flat: Tensor) -> None:
         """Set the parameters in place from a flat vector of shape (n,)."""
@@ -93,12 +109,13 @@ class Snapshot:
     """Parameters as they were when a graph was built; a product on that graph is right only while they stay so."""
 
     def __init__(self, parameters: Parameters) -> None:
-        self._parameters = parameters
+        self._names = parameters.names
+        self._tensors = (*parameters.tensors, *parameters.others)  # a graph is one of those left out, too
         self._marks = self._current_marks()
-        self._values = parameters.split(parameters.read())
+        self._values = [p.detach().clone() for p in self._tensors]
         # numpy compares large arrays several times faster than torch.equal
         self._pairs = (
-            [(p.detach().numpy(), value.numpy()) for p, value in zip(parameters.tensors, self._values, strict=True)]
+            [(p.detach().numpy(), value.numpy()) for p, value in zip(self._tensors, self._values, strict=True)]
             if parameters.device.type == "cpu"
             else []
         )
@@ -115,18 +132,39 @@ class Snapshot:
             return
         moved = [i for i, (now, mark) in enumerate(zip(marks, self._marks, strict=True)) if now != mark]
         moved += [i for i, (live, value) in enumerate(self._pairs) if not (live == value).all()]
+        first = min(moved)
+        which = f"parameter {self._names[first]!r}" if first < len(self._names) else "a parameter that was left out"
         raise StaleGraphError(
-            f"parameter {self._parameters.names[min(moved)]!r} changed after the graph was built, so the graph's products "
+            f"{which} changed after the graph was built, so the graph's products "
             "are those of the old point; leave the operator (or call its close()) before moving parameters"
         )
 
     def moved(self) -> Tensor:
         """How many tensors hold other values than at the snapshot, as a 0-dim tensor on their device."""
-        pairs = zip(self._parameters.tensors, self._values, strict=True)
+        pairs = zip(self._tensors, self._values, strict=True)
         return torch.stack([(p.detach() != value).any() for p, value in pairs]).sum()
 
     def _current_marks(self) -> list[tuple[int, int]]:
-        return [(p._version, p.data_ptr()) for p in self._parameters.tensors]
+        return [(p._version, p.data_ptr()) for p in self._tensors]
+
+
+def _matching(module: torch.nn.Module, patterns: Sequence[str]) -> set[int]:
+    """The ids of trainable parameters whose name, or another one of a tied parameter's, fits a pattern."""
+    named = [(name, p) for name, p in module.named_parameters(remove_duplicate=False) if p.requires_grad]
+    found: set[int] = set()
+    for pattern in patterns:
+        fits = {
+            id(p)
+            for name, p in named
+            if fnmatch.fnmatchcase(name, pattern) or (pattern and name.startswith(pattern.rstrip(".") + "."))
+        }
+        if not fits:
+            names = [name for name, _ in named]
+            near = difflib.get_close_matches(pattern, names, 1) or names[:1]
+            hint = f"; a name is {near[0]!r}" if near else ""
+            raise UsageError(f"parameters {pattern!r} fits the name of no trainable parameter{hint}")
+        found |= fits
+    return found
 
 
 def _check_usable(module: torch.nn.Module, named: list[tuple[str, torch.nn.Parameter]]) -> None:

@@ -21,6 +21,7 @@ class Reason(enum.IntEnum):
     TRUST_REGION_BOUNDARY = 8
     LEAST_SQUARES_SOLUTION = 9
     RESIDUAL_REPLACED = 10
+    INVARIANT_SUBSPACE = 11
     # steps
     STEP_ACCEPTED = 4
     GRADIENT_ZERO = 5
@@ -71,6 +72,7 @@ _ADVICE = {
         "The system has no exact solution (the matrix is singular); the residual is as small as it can be."
     ),
     Reason.RESIDUAL_REPLACED: "The residual was taken anew from the data; the solve goes on.",
+    Reason.INVARIANT_SUBSPACE: "The operator maps the vectors found so far into one another; a new direction was drawn.",
     Reason.STEP_ACCEPTED: "The step lowered the objective and was taken.",
     Reason.GRADIENT_ZERO: "The gradient is zero: the parameters are at a stationary point.",
     Reason.TARGET_REACHED: "The loss fell below the target.",

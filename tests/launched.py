@@ -23,13 +23,19 @@ class Launched:
 
     Args:
         ranks: How many.
-        flags: Of dhf.train.
+        flags: Of the program.
         launcher: The command that stands for ``torchrun --nproc-per-node=RANKS``; dhf's own by default.
         options: Of torchrun.
+        program: What the ranks run, where the launcher is dhf's own.
     """
 
     def __init__(
-        self, ranks: int, *flags: str, launcher: list[str] | None = None, options: tuple[str, ...] = ("--standalone",)
+        self,
+        ranks: int,
+        *flags: str,
+        launcher: list[str] | None = None,
+        options: tuple[str, ...] = ("--standalone",),
+        program: tuple[str, ...] = ("-m", "dhf.train"),
     ) -> None:
         self._mark = f"DHF_TEST_RUN={uuid.uuid4()}"
         own = [
@@ -39,7 +45,7 @@ class Launched:
             "--local-addr=127.0.0.1",
             f"--nproc-per-node={ranks}",
         ]
-        arguments = [*(launcher if launcher is not None else [*own, "-m", "dhf.train"]), *flags]
+        arguments = [*(launcher if launcher is not None else [*own, *program]), *flags]
         name, _, value = self._mark.partition("=")
         # its own session, so that a test may end the whole process group of what it started
         self.process = subprocess.Popen(

@@ -67,7 +67,8 @@ def output_jacobian(
         pieces, z = split(tensors, *flat)
     except Exception as error:
         raise _refusal("outputs", error) from error
-    z = z.squeeze(1)
+    # parameters that are left out may have put a graph behind both
+    pieces, z = tuple(piece.detach() for piece in pieces), z.detach().squeeze(1)
     if verify and whole is not None and not _close(z, whole):
         raise PerSampleError(
             "outputs of a sample alone differ from those in its batch: samples are not independent (normalisation over the "
@@ -110,7 +111,7 @@ def add_squared_gradients(objective: Objective, parameters: Parameters, part: Mi
             raise _refusal("the loss", error) from error
         shares = (counts[index] / counts.sum()).to(parameters.device, parameters.dtype)
         for total, g in zip(squares, gradients, strict=True):
-            total.add_(torch.tensordot(shares, g.square(), 1))
+            total.add_(torch.tensordot(shares, g.detach().square(), 1))
     out.add_(parameters.flatten(squares), alpha=part.weight)
 
 

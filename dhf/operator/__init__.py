@@ -1,5 +1,6 @@
 """Operators: local curvature + communicator + coordinator, as symmetric operators on flat vectors."""
 
+from dhf.operator.as_scipy import to_scipy
 from dhf.operator.curvatures import Fisher, GaussNewton, Hessian, loss_and_gradient, loss_at
 from dhf.operator.global_operator import Compressed, GlobalOperator, Shifted
 from dhf.operator.normal_matrix import NormalMatrix
@@ -16,4 +17,5 @@ __all__ = [
     "Shifted",
     "loss_and_gradient",
     "loss_at",
+    "to_scipy",
 ]

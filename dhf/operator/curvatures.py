@@ -30,7 +30,8 @@ class Hessian(GlobalOperator):
             recorded once for each shape of micro-batch and replayed; ``"compiled"``: the same, compiled; ``"auto"``: traced
             on a CPU for modules with convolutions or recurrent layers, else retained. What cannot be compiled is traced, and
             what cannot be recorded retained, with a warning.
-        **options: ``seed``, ``coordinator``, ``move_buffers``, ``debug_nonfinite``, ``retain`` as in :class:`GlobalOperator`.
+        **options: ``parameters``, ``seed``, ``coordinator``, ``move_buffers``, ``debug_nonfinite``, ``retain`` as in
+            :class:`GlobalOperator`.
 
     Example:
         >>> import torch
@@ -81,7 +82,8 @@ class Fisher(GlobalOperator):
         samples: Labels drawn per sample.
         seed: Names the labels; the same on all ranks.
         products: As in :class:`Hessian`.
-        **options: ``coordinator``, ``move_buffers``, ``debug_nonfinite``, ``retain`` as in :class:`GlobalOperator`.
+        **options: ``parameters``, ``coordinator``, ``move_buffers``, ``debug_nonfinite``, ``retain`` as in
+            :class:`GlobalOperator`.
     """
 
     def __init__(
@@ -125,7 +127,8 @@ def loss_at(
     """
     rank, decay = coordinator.comm.rank, 0.0
     seeds = micro_batch_seeds(seed, rank, len(batches))
-    sums, failure = capture(lambda: evaluate(objective, theta.device, batches, seeds))
+    with coordinator.phases("trial"):
+        sums, failure = capture(lambda: evaluate(objective, theta.device, batches, seeds))
     if rank == 0 and objective.weight_decay:  # rank 0's alone, so that every rank holds the same bits
         decay = 0.5 * objective.weight_decay * float(theta.double().square().sum())
     total, count, decay = coordinator.reduce([*(sums or (0.0, 0.0)), decay], failure=failure)

@@ -18,14 +18,17 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from dhf.batches import micro_batches
 from dhf.comm import Communicator, Serial
 from dhf.coordinator import Coordinator, Verdict, capture, fingerprint, mark_of
 from dhf.curvature import NonFinite, Retention, ShardCurvature, find_non_finite, places_in_words
 from dhf.curvature.shard import AddSums, BuildGraph
 from dhf.errors import NonFiniteError, RankError, StaleGraphError, UsageError
+from dhf.estimators import DiagonalEstimate, TraceEstimate, diagonal, trace
 from dhf.evaluation import check_module, micro_batch_seeds
 from dhf.memory import ran_out_of_memory
 from dhf.objective import Objective, require_objective
+from dhf.operator.as_scipy import to_scipy
 from dhf.operator.reduction import (
     Part,
     Pieces,
@@ -69,6 +72,8 @@ class GlobalOperator:
         retain: Which micro-batches keep their graphs, on each rank: ``"all"``, ``"none"``, as many as fit into so many bytes (a
             number, or a text such as ``"2GiB"``), or ``"auto"``: into the memory that is available. The others' are rebuilt for
             each product. Where memory runs out in a product, all ranks free half of theirs, and go on.
+        parameters: Names of those the matrix is taken in, as patterns: ``"layers.2.*"``, a submodule's name, or several. Vectors
+            are then as long as these, and the others constants. All trainable parameters by default.
 
     Attributes:
         loss: The global objective, weight decay included. Float.
@@ -108,6 +113,7 @@ class GlobalOperator:
         vectors: str = "replicated",
         bucket_bytes: int | None = None,
         retain: str | int | Retention = "auto",
+        parameters: str | Sequence[str] | None = None,
     ) -> None:
         require_objective(objective)
         if vectors not in ("replicated", "sharded"):
@@ -118,7 +124,7 @@ class GlobalOperator:
         self.products = 0
         check_module(objective.module)
         self.objective, self.seed = objective, seed
-        self.parameters = Parameters(objective.module)
+        self.parameters = Parameters(objective.module, parameters)
         self._decay = objective.weight_decay
         self._facts = {
             **self.parameters.facts(),
@@ -135,7 +141,7 @@ class GlobalOperator:
         self._search: Callable[[Tensor | None], NonFinite | None] | None = None
 
         def build_shard() -> ShardCurvature:
-            pieces = list(batches)
+            pieces = micro_batches(batches)
             if type(objective).outputs is Objective.outputs and any(isinstance(p, Tensor) for p in pieces):
                 raise UsageError(
                     "batches must hold micro-batches (inputs, targets), and holds tensors; for one micro-batch give [batch]"
@@ -148,7 +154,8 @@ class GlobalOperator:
             )
 
         self._replays = Replays(self.device)
-        shard, failure = capture(build_shard)
+        with self.coordinator.phases("graphs"):
+            shard, failure = capture(build_shard)
         self._shard = shard
         self._reduction: Reduction = (
             Pieces(self.coordinator, self.parameters, self.RIDERS)
@@ -297,6 +304,18 @@ class GlobalOperator:
         """``A + damping·I``, on the same graphs, with products that ranks send to one another in bfloat16."""
         return Compressed(self, damping)
 
+    def trace(self, *, products: int = 60, deflate: bool = True, seed: int = 0) -> TraceEstimate:
+        """The trace with its standard error; see :func:`dhf.trace`."""
+        return trace(self, products=products, deflate=deflate, seed=seed)
+
+    def diagonal(self, *, products: int = 120, deflate: bool = True, seed: int = 0) -> DiagonalEstimate:
+        """The diagonal with its standard errors; see :func:`dhf.diagonal`."""
+        return diagonal(self, products=products, deflate=deflate, seed=seed)
+
+    def to_scipy(self) -> Any:
+        """A ``scipy.sparse.linalg.LinearOperator`` of the same products; see :func:`dhf.operator.to_scipy`."""
+        return to_scipy(self)
+
     def close(self) -> None:
         """Free the graphs; ``loss`` and ``gradient`` stay."""
         self._replays.forget()
@@ -387,12 +406,14 @@ class GlobalOperator:
 
     def _launch(self, v: Tensor | None, target: Target) -> None:
         assert v is not None
-        self._open_shard().product(v, target.out, ready=target.ready)
+        with self.coordinator.phases("products"):
+            self._open_shard().product(v, target.out, ready=target.ready)
 
     def _sum_over_ranks(self, shard: ShardCurvature | None, failure: BaseException | None) -> None:
         """Add up losses, counts and gradients, tell every shard its place, and compare replicas, in two collectives."""
         comm, coordinate = self.comm, self.coordinator
         theta = self.parameters.read()
+        everything = self.parameters.read_all() if self.parameters.others else theta
         places = [0.0] * comm.size
         if shard is not None:
             places[comm.rank] = shard.rows
@@ -400,8 +421,8 @@ class GlobalOperator:
         sums += [shard.width, shard.width > 0] if shard is not None else [0.0, 0.0]
         sums += [shard.micro_batches, shard.retained, shard.ran_out] if shard is not None else [0.0, 0.0, 0.0]
         # the decay term is rank 0's alone, so that every rank holds the same bits of the loss
-        decay = 0.5 * self._decay * float(theta.double().square().sum()) if comm.rank == 0 else 0.0
-        mark = coordinate.mark(mark_of(self._facts) ^ fingerprint(theta))
+        decay = 0.5 * self._decay * float(everything.double().square().sum()) if comm.rank == 0 else 0.0
+        mark = coordinate.mark(mark_of(self._facts) ^ fingerprint(everything))
         loss_sum, total, widths, known, micro_batches, retained, ran_out, decay, *rest = coordinate.reduce(
             [*sums, decay, *places, *mark], failure=failure
         )
@@ -411,11 +432,12 @@ class GlobalOperator:
             self._warn_of_few_graphs(shard)
         if not coordinate.same(rest[comm.size :]):
             coordinate.raise_difference(self._facts)
-            coordinate.require_replicas(theta)
+            coordinate.require_replicas(everything)
         rows = [int(r) for r in rest[: comm.size]]
         self.count, self.rows = total, rows
         self.outputs_per_row = round(widths / known) if known else 0
-        _, failure = capture(lambda: self._place(shard, total, sum(rows[: comm.rank])))
+        with coordinate.phases("graphs"):
+            _, failure = capture(lambda: self._place(shard, total, sum(rows[: comm.rank])))
 
         def write_gradient(_: Tensor | None, target: Target) -> None:
             # not finite where the loss is not
@@ -515,6 +537,18 @@ class Shifted:
     def shifted(self, damping: float) -> Shifted:
         """``A + (self.damping + damping)·I``."""
         return Shifted(self.operator, self.damping + damping)
+
+    def trace(self, *, products: int = 60, deflate: bool = True, seed: int = 0) -> TraceEstimate:
+        """The trace with its standard error; see :func:`dhf.trace`."""
+        return trace(self, products=products, deflate=deflate, seed=seed)
+
+    def diagonal(self, *, products: int = 120, deflate: bool = True, seed: int = 0) -> DiagonalEstimate:
+        """The diagonal with its standard errors; see :func:`dhf.diagonal`."""
+        return diagonal(self, products=products, deflate=deflate, seed=seed)
+
+    def to_scipy(self) -> Any:
+        """A ``scipy.sparse.linalg.LinearOperator`` of the same products; see :func:`dhf.operator.to_scipy`."""
+        return to_scipy(self)
 
 
 class Compressed(Shifted):

@@ -105,4 +105,5 @@ class ResidualJacobian(GlobalOperator):
     def _rows(self, v: Tensor | None, target: Target, multiply: Multiply) -> None:
         assert v is not None
         self.parameters.check_vector(v)
-        self._open_shard().product(v, target.out, multiply, ready=target.ready)
+        with self.coordinator.phases("products"):
+            self._open_shard().product(v, target.out, multiply, ready=target.ready)

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dhf.batches import micro_batches
 from dhf.coordinator import Coordinator, capture
 from dhf.errors import NonFiniteError, UsageError
 from dhf.evaluation import moving_buffers, restore_buffers, stream_seed
 from dhf.objective import Objective
 from dhf.operator import loss_and_gradient, loss_at
-from dhf.optim.report import StepReport
+from dhf.optim.report import StepReport, in_gradients
 from dhf.parameters import Parameters
 from dhf.reason import Reason
 
@@ -86,7 +87,8 @@ class FirstOrder:
                 rank alike; the parameters are then as they were.
         """
         began, waited = time.perf_counter(), self.coordinator.seconds_waiting
-        shard, failure = capture(lambda: list(batches))
+        self.coordinator.phases.begin()
+        shard, failure = capture(lambda: micro_batches(batches))
         facts = {
             "method": self._method,
             "learning rate": repr(self._learning_rate),
@@ -116,9 +118,24 @@ class FirstOrder:
         if norm and not moved:
             self._optimizer.state.clear()
         reason = Reason.GRADIENT_ZERO if not norm else Reason.STEP_ACCEPTED if moved else Reason.NO_DECREASE
+        profile = self.coordinator.phases.end()
         seconds, waiting = time.perf_counter() - began, self.coordinator.seconds_waiting - waited
-        length = float(moved)
-        return StepReport(reason, loss, loss_after, norm, length, 0.0, math.nan, None, 0, len(seen), seconds, waiting)
+        return StepReport(
+            reason,
+            loss,
+            loss_after,
+            norm,
+            float(moved),
+            0.0,
+            math.nan,
+            None,
+            0,
+            len(seen),
+            seconds,
+            waiting,
+            gradient_equivalents=in_gradients(len(seen), values=1),
+            profile=profile,
+        )
 
     def _move(self, shard: Sequence[Any], seed: int) -> list[tuple[float, float]]:
         """Let torch's optimizer take its step; the losses and gradient norms that it has asked for."""

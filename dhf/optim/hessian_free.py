@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dhf.batches import micro_batches
 from dhf.comm import Communicator, Serial
 from dhf.coordinator import Coordinator, capture
 from dhf.curvature import GradientGraph, Retention
@@ -32,9 +33,9 @@ from dhf.evaluation import moving_buffers, restore_buffers, stream_seed
 from dhf.objective import Objective, require_objective
 from dhf.operator import GlobalOperator
 from dhf.optim.choices import choose_vectors, in_words, make_preconditioner, make_steering, name_of
-from dhf.optim.linearisation import Bounds, Dense, Linearisation, MakePreconditioner
+from dhf.optim.linearisation import ROWS_COST, Bounds, Dense, Linearisation, MakePreconditioner, OnIteration
 from dhf.optim.outcome import Outcome
-from dhf.optim.report import StepReport
+from dhf.optim.report import StepReport, in_gradients
 from dhf.optim.settings import Settings, resolve
 from dhf.optim.trial import Point, Trial
 from dhf.parameters import Parameters
@@ -53,7 +54,7 @@ _GRADIENT_AFTER = 3  # failed steps in a row before the gradient is tried
 class HessianFree(torch.optim.Optimizer):
     """Distributed Hessian-free optimisation: truncated Newton, Gauss-Newton, Levenberg-Marquardt or natural gradient.
 
-    What is left at None comes from the preset; :attr:`settings` holds what is used, and the README's table says why.
+    What is left at None comes from the preset; :attr:`settings` holds what is used, and docs/settings.md says why.
 
     Args:
         objective: What is minimised; its module's trainable parameters are what moves.
@@ -97,6 +98,7 @@ class HessianFree(torch.optim.Optimizer):
         preset: The preset's name.
         settings: Every number in use.
         notes: What was chosen and why, in sentences, as far as it is known; more may be known after the first step.
+        on_iteration: Called with each Iteration of an iterative solver and the norm of the right-hand side, if it is set.
 
     Raises:
         UsageError: If an argument or the module cannot be used.
@@ -168,6 +170,7 @@ class HessianFree(torch.optim.Optimizer):
         self._verify, self._solver_is_open = True, self.settings.solver == "auto"
         self._retention: Retention | None = None
         self._graphs_told: tuple[int, int] | None = None  # kept and in all, as last noted
+        self.on_iteration: OnIteration | None = None
         super().__init__(self.parameters.tensors, {})
 
     @property
@@ -182,14 +185,16 @@ class HessianFree(torch.optim.Optimizer):
         during which the coordinator learns of a stop signal or the time limit is not taken: nothing has changed then.
 
         Args:
-            batches: This rank's micro-batches, each what ``objective.outputs`` takes; none for an empty shard.
+            batches: This rank's micro-batches, each what ``objective.outputs`` takes; none for an empty shard. Any iterable, a
+                DataLoader included, which is read once; :func:`dhf.shard` makes them from data.
 
         Raises:
             UsageError, RanksDifferError, NonFiniteError, RankError, ReplicasDivergedError, CommunicationError: On every
                 rank alike; the parameters are then as they were.
         """
         began, waited = time.perf_counter(), self.coordinator.seconds_waiting
-        shard, failure = capture(lambda: list(batches))
+        self.coordinator.phases.begin()
+        shard, failure = capture(lambda: micro_batches(batches))
         self.coordinator.require_same(self._facts(), failure=failure)
         assert shard is not None
         buffers = moving_buffers(self.objective.module)
@@ -207,8 +212,22 @@ class HessianFree(torch.optim.Optimizer):
             self._remember(*memory)
         else:
             self._steps += 1
-        seconds, waiting = time.perf_counter() - began, self.coordinator.seconds_waiting - waited
-        return dataclasses.replace(report, seconds=seconds, seconds_waiting=waiting)
+        profile = self.coordinator.phases.end()
+        return dataclasses.replace(
+            report,
+            seconds=time.perf_counter() - began,
+            seconds_waiting=self.coordinator.seconds_waiting - waited,
+            gradient_equivalents=self._cost(report),
+            profile=profile,
+        )
+
+    def _cost(self, report: StepReport) -> float:
+        """What a step has cost, in gradients."""
+        fraction, solver = self.settings.curvature_fraction, self.settings.solver
+        gradients = 1.0 if fraction == 1.0 else 1.0 + fraction
+        if solver == "direct":
+            gradients += ROWS_COST * fraction
+        return in_gradients(gradients, fraction * report.products, report.evaluations, self.settings.curvature)
 
     def _memory(self) -> tuple[Any, tuple[float, float] | None]:
         """What a step leaves behind for the next even before it is judged: the preconditioner's work, and the forcing term."""
@@ -311,6 +330,7 @@ class HessianFree(torch.optim.Optimizer):
             verify=self._verify,
             tell=self._note,
             retention=self._policy(),
+            on_iteration=self.on_iteration,
         )
 
     def _note(self, words: str) -> None:

@@ -24,18 +24,19 @@ from dhf.operator import GlobalOperator, NormalMatrix, ResidualJacobian
 from dhf.optim.settings import Settings
 from dhf.parameters import Parameters
 from dhf.reason import Reason
-from dhf.solvers import Direct, Solution, cg, cgls, minres, steihaug
+from dhf.solvers import Direct, Iteration, Solution, cg, cgls, minres, steihaug
 from dhf.vector_space import VectorSpace
 
-__all__ = ["Bounds", "Dense", "Linearisation", "MakePreconditioner", "Precondition"]
+__all__ = ["ROWS_COST", "Bounds", "Dense", "Linearisation", "MakePreconditioner", "OnIteration", "Precondition"]
 
 Precondition = Callable[[Tensor], Tensor]
 MakePreconditioner = Callable[[GlobalOperator, float], Precondition]
+OnIteration = Callable[[Iteration, float], None]
 
 _DENSE_BYTES = 2 * 2**30  # most that a dense matrix and its rows may take on a rank
 _DENSE_SPEED = 4.0  # multiplications in large matrix products are so much faster than in a network's gradient
 _LOOSE = 0.1  # relative residual from which on a solve need not take its true one
-_ROWS_COST = 5.0  # gradients that all rows of a Jacobian cost by one vectorised call
+ROWS_COST = 5.0  # gradients that all rows of a Jacobian cost by one vectorised call
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -69,6 +70,7 @@ class Linearisation:
         verify: Whether a direct solver compares single samples with their batch.
         tell: Called with a sentence where products are taken in another way than asked for; warns by default.
         retention: Which graphs are kept.
+        on_iteration: Called with each Iteration of an iterative solver, and the norm of its right-hand side.
 
     Attributes:
         theta: The parameters, shape (n,).
@@ -98,11 +100,12 @@ class Linearisation:
         verify: bool = True,
         tell: Callable[[str], None] | None = None,
         retention: Retention | None = None,
+        on_iteration: OnIteration | None = None,
     ) -> None:
         self.objective, self.parameters, self.coordinator = objective, parameters, coordinator
         self.settings, self.shard, self.seed = settings, shard, seed
         self._precondition, self._debug, self._verify = precondition, debug_nonfinite, verify
-        self._tell = tell
+        self._tell, self._on_iteration = tell, on_iteration
         self.theta = parameters.read()
         self._retention = retention or Retention()
         self.products = self.micro_batches = self.retained = 0
@@ -130,9 +133,10 @@ class Linearisation:
     def _solve_on(self, operator: GlobalOperator, within: Bounds) -> Solution:
         solver = self.settings.solver
         if solver == "direct":
-            dense = Direct(NormalMatrix(operator, in_samples=_in_samples(operator), verify=self._verify))
-            self.solve_again = dense.solve
-            return dense.solve(within.damping)
+            with self.coordinator.phases("dense"):
+                dense = Direct(NormalMatrix(operator, in_samples=_in_samples(operator), verify=self._verify))
+            self.solve_again = self.coordinator.phases.timed("dense", dense.solve)
+            return self.solve_again(within.damping)
         options: dict[str, Any] = {
             "rtol": within.rtol,
             "max_iterations": self.settings.cg_max_iterations,
@@ -141,6 +145,7 @@ class Linearisation:
                 operator, within.damping if within.radius is None else self.gradient_norm / within.radius
             ),
             "snapshot_ratio": 1.3,
+            "callback": self._callback,
         }
         if solver != "minres" and solver != "steihaug":
             options["progress_tolerance"] = self.settings.cg_progress_tolerance
@@ -166,10 +171,16 @@ class Linearisation:
     def _make_preconditioner(self, operator: GlobalOperator, damping: float) -> Precondition | None:
         if self._precondition is None:
             return None
+        phases = self.coordinator.phases
         # a probe that is not finite is so on every rank; the solve goes on without, and meets the same trouble or not
-        with contextlib.suppress(NonFiniteError):
-            return self._precondition(operator, damping)
+        with contextlib.suppress(NonFiniteError), phases("preconditioner"):
+            return phases.timed("preconditioner", self._precondition(operator, damping))
         return None
+
+    @property
+    def _callback(self) -> Callable[[Iteration], None] | None:
+        tell = self._on_iteration
+        return None if tell is None else lambda iteration: tell(iteration, self.gradient_norm)
 
     def _open(self, build: BuildGraph, shard: Sequence[Any], *, move_buffers: bool = False) -> GlobalOperator:
         options: dict[str, Any] = {
@@ -220,7 +231,7 @@ class Dense:
         k = m if in_samples else n
         width = torch.finfo(operator.dtype).bits // 8
         gradient = 6.0 * n * sum(operator.rows)
-        operations = _ROWS_COST * gradient + (2.0 * m * n * k + k**3 / 3) / _DENSE_SPEED
+        operations = ROWS_COST * gradient + (2.0 * m * n * k + k**3 / 3) / _DENSE_SPEED
         return Dense(k, in_samples, width * (3 * k * k + (2 * m * n if in_samples else 0)), operations, gradient)
 
     def is_cheaper(self, iterations: int) -> bool:
@@ -264,6 +275,6 @@ def _average_buffers(objective: Objective, at: GlobalOperator) -> None:
         return
     weight = at.rows[comm.rank] / sum(at.rows)
     flat = torch.cat([b.detach().double().reshape(-1) * weight for b in buffers])
-    comm.all_reduce(flat)
+    at.coordinator.all_reduce(flat)
     for buffer, mean in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
         buffer.data.copy_(mean.view_as(buffer).round() if not buffer.is_floating_point() else mean.view_as(buffer))

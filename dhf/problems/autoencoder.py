@@ -93,6 +93,7 @@ def sparse_initialisation(module: torch.nn.Module, connections: int) -> None:
 
 def _draw(originals: Tensor, reconstructions: Tensor, path: Path) -> Path:
     """Originals above their reconstructions, in two blocks."""
+    import matplotlib
     from matplotlib.figure import Figure
 
     side, columns = math.isqrt(originals.shape[1]), -(-len(originals) // 2)
@@ -108,5 +109,6 @@ def _draw(originals: Tensor, reconstructions: Tensor, path: Path) -> Path:
             axis.imshow(images[i].detach().cpu().view(side, side).numpy(), cmap="gray_r", vmin=0, vmax=1)
             if column == 0:
                 axis.set_ylabel(("original", "rebuilt")[offset])
+    path = path.with_suffix(f".{matplotlib.rcParams['savefig.format']}")
     figure.savefig(path, dpi=120)
     return path

@@ -208,6 +208,7 @@ def _check(widths: Sequence[int], points: int, boundary_weight: float) -> None:
 
 def _draw(u: Tensor, error: Tensor, truth: _Truth, path: Path) -> Path:
     """The solution beside its error."""
+    import matplotlib
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4.2), layout="constrained")
@@ -234,5 +235,6 @@ def _draw(u: Tensor, error: Tensor, truth: _Truth, path: Path) -> Path:
         axis.set_ylabel(truth.labels[1])
         axis.set_title(title)
         figure.colorbar(image, ax=axis)
+    path = path.with_suffix(f".{matplotlib.rcParams['savefig.format']}")
     figure.savefig(path, dpi=120)
     return path

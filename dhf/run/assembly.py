@@ -22,7 +22,7 @@ from dhf.problems import Problem, Shard, build_problem
 from dhf.run.config import Config
 from dhf.run.schedule import Phase
 
-__all__ = ["Parts", "assemble", "for_phase", "graph_builder"]
+__all__ = ["Parts", "assemble", "for_phase", "graph_builder", "problem_of"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ def assemble(phase: Phase, later: Sequence[Phase], comm: Communicator, coordinat
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    problem, dtype = _build(config)
+    problem, dtype = problem_of(config)
     objective = problem.objective
     objective.module.to(device=comm.device, dtype=dtype)
     if config.weight_decay is not None:
@@ -93,8 +93,8 @@ def graph_builder(optimizer: HessianFree | FirstOrder) -> BuildGraph:
     return kinds[optimizer.settings.curvature]
 
 
-def _build(config: Config) -> tuple[Problem, torch.dtype]:
-    """The problem, built with random numbers of its dtype."""
+def problem_of(config: Config) -> tuple[Problem, torch.dtype]:
+    """The problem of a run, built with random numbers of its dtype; its module is still to be moved to that."""
 
     def build(dtype: str) -> Problem:
         before = torch.get_default_dtype()

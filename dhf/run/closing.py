@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,9 +10,12 @@ from dhf.errors import CommunicationError
 from dhf.problems import Problem
 from dhf.reason import Reason
 from dhf.run.directory import RunDirectory
+from dhf.run.entry import tell_launcher
 from dhf.run.monitor import Monitor
 from dhf.run.outcome import in_words
 from dhf.run.plot import draw_run
+from dhf.run.profile import ProfileTotals
+from dhf.run.records import read_run
 
 __all__ = ["Ending", "sum_up", "write_result"]
 
@@ -43,6 +44,7 @@ class Ending:
         pace: The slowest rank in words, or nothing.
         peak_memory_mb: The most memory that a rank has held at once, in 10⁶ bytes.
         fallbacks: How many steps needed more damping, and how many the gradient.
+        profile: Where the time went, if that was measured.
     """
 
     reason: Reason
@@ -64,6 +66,7 @@ class Ending:
     pace: str
     peak_memory_mb: float
     fallbacks: Mapping[str, int]
+    profile: ProfileTotals | None
 
 
 def write_result(ending: Ending, directory: RunDirectory, monitor: Monitor) -> None:
@@ -86,13 +89,13 @@ def write_result(ending: Ending, directory: RunDirectory, monitor: Monitor) -> N
         "failed_rank": ending.failed_rank,
         "error": None if ending.failure is None else in_words(ending.failure),
     }
+    if ending.profile is not None:
+        result["profile"] = ending.profile.summary(ending.seconds)
     try:
         directory.write_result(result)
     except OSError as error:
         monitor.say(f"warning: result.json was not written: {error}")
-    if "DHF_EXIT_CODE_FILE" in os.environ:  # torchrun does not tell its workers' codes when it was stopped itself
-        with contextlib.suppress(OSError):
-            Path(os.environ["DHF_EXIT_CODE_FILE"]).write_text(str(ending.code))
+    tell_launcher(ending.code)
 
 
 def sum_up(ending: Ending, directory: RunDirectory, monitor: Monitor, problem: Problem) -> None:
@@ -107,6 +110,7 @@ def sum_up(ending: Ending, directory: RunDirectory, monitor: Monitor, problem: P
         *([f"rescued  steps that failed at first: {failed}"] if failed else []),
         f"time     {seconds:.1f} s of training, {seconds / steps:.2f} s a step{ending.pace}",
         _products(ending),
+        *([] if ending.profile is None else ending.profile.table(ending.seconds)),
         f"written  {directory.path}" + "".join(f"\n         {path}" for path in pictures),
     ):
         monitor.say(line)
@@ -125,7 +129,7 @@ def _products(ending: Ending) -> str:
 def _draw(directory: RunDirectory, monitor: Monitor, problem: Problem) -> list[Path]:
     """The run's pictures; a missing matplotlib or a fault in drawing never changes how a run ended."""
     try:
-        paths = [draw_run(directory.metrics, directory.plots / "run.png")]
+        paths = [draw_run(read_run(directory.path), directory.plots / "run.png")]
         if problem.pictures is not None:
             paths += problem.pictures(problem.objective.module, directory.plots)
     except ImportError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import jsonargparse
@@ -12,10 +12,11 @@ import yaml
 
 from dhf.byte_size import parse_bytes
 from dhf.errors import UsageError
+from dhf.run.chosen import check_chosen
 from dhf.run.flags import Group, add_fields, in_words, make_parser, nearest
 from dhf.run.signals import signal_number
 
-__all__ = ["PHASE_SETTINGS", "Config", "parse", "to_yaml"]
+__all__ = ["PHASE_SETTINGS", "PROBLEMS", "WATCHING", "Config", "make_config", "parse", "to_yaml"]
 
 _USAGE = "python -m dhf.train [--config FILE] [--SETTING VALUE ...]"
 
@@ -28,6 +29,9 @@ alone, it is one process that does the same, for debugging.
   torchrun --nproc_per_node=4 -m dhf.train --problem my_problem.py:build --options.width 128
   python -m dhf.train --phases '[{optimizer: adam, steps: 200, batch_size: 100}, {optimizer: hf, steps: 20}]'
 
+"""
+
+PROBLEMS = """\
 Built-in problems: digits-autoencoder, digits-classifier, curves-autoencoder, mnist-autoencoder (IDX files from
 --options.folder), adding-rnn, poisson-pinn, convection-pinn, logistic; --options.KEY sets what their functions take.
 A problem file is Python code, and is run.
@@ -50,6 +54,7 @@ _method = Group("optimizer")
 _hf = Group("Hessian-free", "what is not given is the preset's")
 _ranks = Group("ranks")
 _run = Group("run")
+_watch = Group("watching")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +69,8 @@ class Config:
     batch_size: int | None = _data(None, "samples per step over all ranks; all of them by default")
     micro_batch_size: int | Literal["auto"] | None = _data(
         None,
-        "samples differentiated at once; a rank's whole share by default; auto finds the fastest that fits into memory",
+        "samples differentiated at once; by default a rank's whole share, or the batch size of the problem's DataLoader; auto "
+        "finds the fastest that fits into memory",
     )
     weight_decay: float | None = _data(
         None, "coefficient of half the squared norm of the parameters; the problem's own by default"
@@ -140,6 +146,17 @@ class Config:
     debug_nonfinite: bool = _run(False, "search for the sample where a loss, gradient or product is not finite")
     dry_run: bool = _run(False, "print sizes, memory and shards, and stop")
 
+    monitor: Literal["steps", "cg"] = _watch("steps", "what is shown: steps, or each iteration of their solves, too")
+    profile: bool = _watch(False, "measure where each step's time goes, by phase and rank; a GPU is then waited for")
+    record_solves: str = _watch(
+        "auto",
+        "steps whose solves leave their residuals in solves.jsonl: 1,5,10; all; none; auto is 1, 2, 5, 10, 20, ...",
+    )
+    tensorboard: bool = _watch(False, "write events for TensorBoard into the run directory, too")
+
+
+WATCHING = tuple(f.name for f in dataclasses.fields(Config) if f.metadata["group"] is _watch)
+
 
 _NAMES = tuple(field.name for field in dataclasses.fields(Config))
 PHASE_SETTINGS = (
@@ -159,11 +176,20 @@ def parse(argv: Sequence[str] | None = None) -> Config:
     """
     found = in_words(lambda: _parser().parse_args(argv), _NAMES).as_dict()
     found.pop("config", None)
-    found["options"] = {key: _value(text) for key, text in found["options"].items()}
-    found["phases"] = [_phase(number, given) for number, given in enumerate(found["phases"] or [], 1)]
-    if found["steps"] is None and not found["phases"]:
-        found["steps"] = _STEPS
-    config = Config(**found)
+    return make_config(found)
+
+
+def make_config(found: Mapping[str, Any]) -> Config:
+    """The configuration with what a parser has found of its fields, and defaults for the others.
+
+    Raises:
+        UsageError: If a value is out of range.
+    """
+    options = {key: _value(text) for key, text in (found.get("options") or {}).items()}
+    phases = [_phase(number, given) for number, given in enumerate(found.get("phases") or [], 1)]
+    config = Config(**{**found, "options": options, "phases": phases})
+    if config.steps is None and not phases:
+        config = dataclasses.replace(config, steps=_STEPS)
     _check(config)
     _check_phases(config)
     return config
@@ -178,7 +204,7 @@ def _parser() -> jsonargparse.ArgumentParser:
     parser = make_parser(
         prog="python -m dhf.train",
         usage=_USAGE,
-        description=_DESCRIPTION,
+        description=f"{_DESCRIPTION}{PROBLEMS}",
         epilog=_EPILOG,
         print_config="--print-%s",
     )
@@ -273,6 +299,7 @@ def _check(config: Config) -> None:
             )
     if config.target_loss is not None and not math.isfinite(config.target_loss):
         raise UsageError(f"--target-loss must be finite, got {config.target_loss}")
+    check_chosen(config.record_solves)
     for name in config.stop_signals.split(","):
         try:
             signal_number(name)

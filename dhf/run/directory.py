@@ -13,13 +13,14 @@ from typing import Any
 
 from dhf.errors import UsageError
 
-__all__ = ["RunDirectory", "default_directory", "write_atomically"]
+__all__ = ["RunDirectory", "default_directory", "plain", "read_lines", "write_atomically"]
 
 _MARKS = ("config.yaml", "metrics.jsonl", "result.json", "checkpoints")
+_REST = ("solves.jsonl", "plots", "tensorboard")
 
 
 class RunDirectory:
-    """``config.yaml``, ``metrics.jsonl``, ``result.json``, ``checkpoints/`` and ``plots/`` under one folder.
+    """``config.yaml``, ``metrics.jsonl``, ``solves.jsonl``, ``result.json``, ``checkpoints/`` and ``plots/`` under one folder.
 
     Args:
         path: The folder; made by :meth:`claim`.
@@ -29,8 +30,10 @@ class RunDirectory:
         self.path = Path(path)
         self.checkpoints = self.path / "checkpoints"
         self.plots = self.path / "plots"
+        self.events = self.path / "tensorboard"
         self.metrics = self.path / "metrics.jsonl"
-        self._unwritten = ""
+        self._lines = _Lines(self.metrics)
+        self._solves = _Lines(self.path / "solves.jsonl")
 
     def holds_run(self) -> bool:
         """Whether a run has been written here."""
@@ -52,8 +55,8 @@ class RunDirectory:
         self.checkpoints.mkdir(exist_ok=True)
         write_atomically(self.path / "config.yaml", config_yaml)
         (self.path / "result.json").unlink(missing_ok=True)
-        kept = [] if resumed_step is None else [row for row in self._rows() if row["step"] <= resumed_step]
-        write_atomically(self.metrics, "".join(_line(row) for row in kept))
+        self._lines.keep(resumed_step or 0)
+        self._solves.keep(resumed_step or 0)
 
     def append(self, row: dict[str, Any]) -> None:
         """Add one line to the metrics, and those before it that could not be written.
@@ -61,8 +64,37 @@ class RunDirectory:
         Raises:
             OSError: If the disk is full, say; the line is kept for the next call, and the file ends with a whole line.
         """
+        self._lines.append(row)
+
+    def append_solve(self, row: dict[str, Any]) -> None:
+        """Add the history of one solve, as :meth:`append`."""
+        self._solves.append(row)
+
+    def write_result(self, result: dict[str, Any]) -> None:
+        """Write how the run ended."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.path / "result.json", json.dumps(plain(result), indent=2) + "\n")
+
+    def _clear(self) -> None:
+        """Remove what a run wrote here, and nothing else."""
+        for name in (*_MARKS, *_REST):
+            target = self.path / name
+            if target.is_dir():
+                shutil.rmtree(target)
+            else:
+                target.unlink(missing_ok=True)
+
+
+class _Lines:
+    """A file of one JSON object per line, each of a step."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._unwritten = path, ""
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Add one line, and those before it that could not be written."""
         self._unwritten += _line(row)
-        with self.metrics.open("ab", buffering=0) as file:
+        with self._path.open("ab", buffering=0) as file:
             end = file.seek(0, os.SEEK_END)
             try:
                 left = self._unwritten.encode()
@@ -73,30 +105,20 @@ class RunDirectory:
                 raise
         self._unwritten = ""
 
-    def write_result(self, result: dict[str, Any]) -> None:
-        """Write how the run ended."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.path / "result.json", json.dumps(_plain(result), indent=2) + "\n")
+    def keep(self, step: int) -> None:
+        """Leave the lines up to a step alone."""
+        write_atomically(self._path, "".join(_line(row) for row in read_lines(self._path) if row["step"] <= step))
 
-    def _rows(self) -> list[dict[str, Any]]:
-        if not self.metrics.exists():
-            return []
-        rows = []
-        for text in self.metrics.read_text().splitlines():
-            try:
-                rows.append(json.loads(text))
-            except json.JSONDecodeError:  # a line that was cut when the run died
-                break
-        return rows
 
-    def _clear(self) -> None:
-        """Remove what a run wrote here, and nothing else."""
-        for name in (*_MARKS, "plots"):
-            target = self.path / name
-            if target.is_dir():
-                shutil.rmtree(target)
-            else:
-                target.unlink(missing_ok=True)
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines, up to one that was cut when the run died; none if there is no file."""
+    rows = []
+    for text in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return rows
 
 
 def default_directory(problem: str) -> str:
@@ -105,12 +127,12 @@ def default_directory(problem: str) -> str:
     return str(Path("runs") / f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}")
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, content: str | bytes) -> None:
     """Replace a file in one step, so that no reader sees half of it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with temporary.open("w") as file:
-            file.write(text)
+        with temporary.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -121,9 +143,13 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def _line(row: dict[str, Any]) -> str:
-    return json.dumps(_plain(row)) + "\n"
+    return json.dumps(plain(row)) + "\n"
 
 
-def _plain(row: dict[str, Any]) -> dict[str, Any]:
+def plain(value: Any) -> Any:
     """JSON has no NaN or infinity: they become null."""
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+    if isinstance(value, dict):
+        return {key: plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

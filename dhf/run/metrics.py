@@ -30,6 +30,7 @@ def step_row(step: int, phase: Phase, report: StepReport) -> dict[str, Any]:
         "reduction_ratio": report.reduction_ratio,
         "products": report.products,
         "evaluations": report.evaluations,
+        "gradient_equivalents": report.gradient_equivalents,
         "seconds": report.seconds,
         "reason": report.reason.name,
         "fallback": report.fallback,

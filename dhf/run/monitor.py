@@ -1,4 +1,7 @@
-"""Monitor: what a person sees of a run; a live table on a terminal, plain lines in a log file."""
+"""Monitor: what a person sees of a run; a live table on a terminal, plain lines anywhere else.
+
+What is no terminal gets text and newlines alone, whatever the environment asks for: logs are read by other programs, too.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from dhf.solvers import Iteration
+
 __all__ = ["Monitor"]
 
 _ROWS = 18
@@ -24,12 +29,12 @@ class Monitor:
     Args:
         visible: Whether this rank shows anything.
         title: Stands above the table.
+        iterations: Whether each iteration of a solve is shown, too; all lines are then plain.
     """
 
-    def __init__(self, visible: bool, title: str) -> None:
-        self.visible, self._title = visible, title
-        # Open MPI gives its ranks a terminal of their own, whatever its own output goes to
-        self._console = Console(highlight=False, force_terminal=False if "OMPI_COMM_WORLD_SIZE" in os.environ else None)
+    def __init__(self, visible: bool, title: str, *, iterations: bool = False) -> None:
+        self.visible, self._title, self._iterations = visible, title, iterations
+        self._console = Console(highlight=False, emoji=False, force_terminal=_is_terminal())
         self._rows: deque[list[str]] = deque(maxlen=_ROWS)
         self._extra: list[str] = []
         self._live: Live | None = None
@@ -37,12 +42,16 @@ class Monitor:
 
     def say(self, text: str) -> None:
         """One line of prose."""
-        if self.visible:
+        if not self.visible:
+            return
+        if self._live is not None:
             self._console.print(text, markup=False, soft_wrap=True)
+        else:
+            _print(text)
 
     def start(self) -> None:
         """Open the table."""
-        if self.visible and self._console.is_terminal:
+        if self.visible and self._console.is_terminal and not self._iterations:
             self._live = Live(self._table(), console=self._console, refresh_per_second=8)
             self._live.start()
 
@@ -56,11 +65,20 @@ class Monitor:
         if self._live is not None:
             self._live.update(self._table())
             return
-        if self._lines % 40 == 0:
-            print(_plain([*_COLUMNS, *self._extra]))
+        if self._lines % 40 == 0 or self._iterations:
+            _print(_plain([*_COLUMNS, *self._extra]))
         self._lines += 1
-        print(_plain(self._rows[-1]))
-        sys.stdout.flush()
+        _print(_plain(self._rows[-1]))
+
+    def iteration(self, line: Iteration, right_hand_side: float) -> None:
+        """One iteration of a solve, and the norm that its residual is relative to."""
+        if not self.visible:
+            return
+        relative = line.residual_norm / right_hand_side if right_hand_side else math.nan
+        _print(
+            f"  iteration {line.number:>5}  residual {line.residual_norm:<10.4e}  relative {relative:<9.3e}  "
+            f"model {line.model:< 12.5e}  curvature {_number(line.curvature, '.4e')}"
+        )
 
     def stop(self) -> None:
         """Close the table; what it shows stays on the screen."""
@@ -75,6 +93,19 @@ class Monitor:
         for row in self._rows:
             table.add_row(*row)
         return table
+
+
+def _is_terminal() -> bool:
+    """Whether lines can be written over; FORCE_COLOR and its like, which CI systems set, make no terminal of a pipe."""
+    # Open MPI gives its ranks a terminal of their own, whatever its own output goes to
+    return sys.stdout.isatty() and "OMPI_COMM_WORLD_SIZE" not in os.environ and os.environ.get("TERM") != "dumb"
+
+
+def _print(text: str) -> None:
+    """A line at once, and whole; a control character in it, of a file's name say, is told instead of sent."""
+    plain = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+    sys.stdout.write(plain + "\n")
+    sys.stdout.flush()
 
 
 def _cells(row: dict[str, Any]) -> list[str]:

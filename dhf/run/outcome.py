@@ -18,6 +18,7 @@ from dhf.reason import Reason
 __all__ = [
     "EXIT_DONE",
     "EXIT_RANKS",
+    "EXIT_TARGET",
     "EXIT_USAGE",
     "SHARED",
     "exit_code",

@@ -7,6 +7,7 @@ wrong answers. Versions are compared earlier still, when the ranks connect.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from dhf.coordinator import Coordinator, capture
 from dhf.objective import Objective
@@ -19,9 +20,9 @@ __all__ = ["require_same_problem", "require_same_settings"]
 _FREE = ("threads",)  # what ranks may differ in without harm
 
 
-def require_same_settings(coordinator: Coordinator, config: Config) -> None:
-    """Raise RanksDifferError on every rank if two ranks were given different settings."""
-    settings = dataclasses.asdict(config)
+def require_same_settings(coordinator: Coordinator, config: Config, own: Any = None) -> None:
+    """Raise RanksDifferError on every rank if two ranks were given different settings; ``own`` holds those of a command."""
+    settings = dataclasses.asdict(config) | (dataclasses.asdict(own) if own is not None else {})
     facts = {
         f"--{name.replace('_', '-')}": "not given" if value is None else repr(value)
         for name, value in settings.items()

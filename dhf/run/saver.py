@@ -18,12 +18,12 @@ from dhf.errors import UsageError
 from dhf.optim import HessianFree
 from dhf.run.assembly import Parts
 from dhf.run.checkpoint import Found, decode, find, forget_after, load_module, save
-from dhf.run.config import Config
+from dhf.run.config import WATCHING, Config
 from dhf.run.directory import RunDirectory
 from dhf.run.random_state import capture_random_state, restore_random_state
 from dhf.run.schedule import Progress
 
-__all__ = ["Saver"]
+__all__ = ["Saver", "share"]
 
 
 class Saver:
@@ -55,7 +55,7 @@ class Saver:
         path = self._comm.gather_objects(found[0] if found else None)[0]
         if path is None:
             return None
-        content = self._share(found[1] if found else None)
+        content = share(self._comm, found[1] if found else None)
         return path, self._coordinator.attempt(lambda: decode(content))
 
     def restore(self, parts: Parts, path: Path, state: dict[str, Any]) -> None:
@@ -149,15 +149,6 @@ class Saver:
             self.notes.append(f"{directory.path} holds no checkpoint: starting at the first step")
         return found
 
-    def _share(self, content: bytes | None) -> bytes:
-        """Rank 0's bytes, on every rank."""
-        size = self._comm.gather_objects(len(content or b""))[0]
-        buffer = torch.zeros(size, dtype=torch.uint8)
-        if content:
-            buffer.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
-        self._comm.broadcast(buffer)
-        return buffer.numpy().tobytes()
-
     def _note_changed_settings(self, before: dict[str, Any]) -> None:
         now = dataclasses.asdict(self._config)
         changed = [
@@ -169,7 +160,20 @@ class Saver:
             self.notes.append(f"settings that the checkpoint was not written with: {', '.join(changed)}")
 
 
-_EXPECTED_TO_CHANGE = ("resume", "run_dir", "overwrite", "dry_run", "steps", "time_budget", "threads", "timeout")
+def share(comm: Communicator, content: bytes | None) -> bytes:
+    """Rank 0's bytes, on every rank. Collective."""
+    size = comm.gather_objects(len(content or b""))[0]
+    buffer = torch.zeros(size, dtype=torch.uint8)
+    if content:
+        buffer.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
+    comm.broadcast(buffer)
+    return buffer.numpy().tobytes()
+
+
+_EXPECTED_TO_CHANGE = (
+    *("resume", "run_dir", "overwrite", "dry_run", "steps", "time_budget", "threads", "timeout"),
+    *WATCHING,
+)
 
 
 def _shown(value: Any) -> str:

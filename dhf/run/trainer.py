@@ -15,20 +15,24 @@ from dhf.coordinator import Coordinator, capture
 from dhf.curvature import NonFinite, places_in_words
 from dhf.errors import CommunicationError, NonFiniteError, UsageError
 from dhf.operator import loss_and_gradient
-from dhf.optim import StepReport
+from dhf.optim import HessianFree, StepReport
 from dhf.parameters import Parameters
+from dhf.phases import Phases
 from dhf.reason import Reason
 from dhf.run.assembly import Parts, assemble, for_phase
 from dhf.run.closing import Ending, sum_up, write_result
 from dhf.run.config import Config, to_yaml
 from dhf.run.directory import RunDirectory, default_directory
 from dhf.run.dry_run import in_lines, measure
+from dhf.run.events import require_tensorboard
 from dhf.run.metrics import extra_metrics, step_row
 from dhf.run.micro_batches import choose_size, settled, written_size
 from dhf.run.monitor import Monitor
 from dhf.run.outcome import EXIT_DONE, EXIT_RANKS, SHARED, exit_code, explain, reason_of, speaker
 from dhf.run.pace import Pace
 from dhf.run.preflight import require_same_problem, require_same_settings
+from dhf.run.profile import ProfileTotals
+from dhf.run.recorder import Recorder
 from dhf.run.saver import Saver
 from dhf.run.schedule import Phase, Progress, Schedule
 from dhf.run.signals import StopSignals
@@ -47,10 +51,13 @@ class Trainer:
     def __init__(self, config: Config, comm: Communicator, stop: StopSignals) -> None:
         self.config, self.comm, self.stop = config, comm, stop
         self.leads = comm.rank == 0
-        self.coordinator = Coordinator(comm, interrupted=stop)
+        self.coordinator = Coordinator(comm, interrupted=stop, phases=Phases(comm.device, active=config.profile))
         self.schedule = Schedule(config, self.coordinator)
-        self.monitor = Monitor(self.leads, f"{config.problem} on {comm.size} rank(s)")
-        self.pace = Pace(self.coordinator)
+        self.monitor = Monitor(
+            self.leads, f"{config.problem} on {comm.size} rank(s)", iterations=config.monitor == "cg"
+        )
+        self.pace, self.profile = Pace(self.coordinator), ProfileTotals(self.coordinator)
+        self.recorder: Recorder | None = None
         self._notes_said = 0
         self.fallbacks: collections.Counter[str] = collections.Counter()
         self.claimed = self.factorised = self._save_is_due = False
@@ -81,6 +88,8 @@ class Trainer:
         """Build the problem and the optimizer on every rank, check them on the data, and take the run directory."""
         config = self.config
         require_same_settings(self.coordinator, config)
+        if config.tensorboard:
+            self.coordinator.attempt(require_tensorboard)
         path = (
             self.comm.remember("run-dir", config.run_dir or default_directory(config.problem)) if self.leads else None
         )
@@ -115,7 +124,7 @@ class Trainer:
         self.began = time.monotonic()
         self.schedule.start()
         self.monitor.say(f"start: loss {self.first_loss:.6g}, {self._sizes()}")
-        self._say_phase()
+        self._begin_phase()
         self.monitor.start()
         try:
             reason = self._ended()
@@ -125,6 +134,8 @@ class Trainer:
                 reason = self._one_step()
         finally:
             self.monitor.stop()
+            if self.recorder is not None:
+                self.recorder.close()
         trouble = self.saver.save(self.parts, self._progress())
         if trouble is not None:
             self.monitor.say(f"error: the last checkpoint was not written: {trouble}")
@@ -182,7 +193,7 @@ class Trainer:
         self.parts = self._parts_of(following)
         self.schedule.enter(following, self.step)
         self.failed_steps = self._notes_said = 0
-        self._say_phase(early)
+        self._begin_phase(early)
         self._warn_of_empty_shards()
 
     def _one_step(self) -> Reason | None:
@@ -223,7 +234,11 @@ class Trainer:
         self._say_what_was_chosen()
         if report.fallback:
             self.fallbacks[report.fallback] += 1
-        row = {**step_row(self.step, self.parts.phase, report), **self.pace.note(report)}
+        row = {
+            **step_row(self.step, self.parts.phase, report),
+            **self.pace.note(report),
+            **self.profile.note(report),
+        }
         if report.non_finite:
             ranks = places_in_words(report.non_finite)
             found = self._found_in_the_data(report.non_finite, self.step - 1)
@@ -231,17 +246,13 @@ class Trainer:
         try:
             extra = extra_metrics(self.parts, self.coordinator, row)
         except Exception:
-            self._write(row, {})  # the step was taken, whatever its metrics
+            self._show(row, {}, report)  # the step was taken, whatever its metrics
             raise
-        self._write(row, extra)
+        self._show(row, extra, report)
 
-    def _write(self, row: dict[str, Any], extra: dict[str, float]) -> None:
-        if not self.leads:
-            return
-        try:
-            self.directory.append({**row, **extra})
-        except OSError as error:
-            self.monitor.say(f"warning: metrics are kept in memory, since they cannot be written: {error}")
+    def _show(self, row: dict[str, Any], extra: dict[str, float], report: StepReport) -> None:
+        if self.recorder is not None:
+            self.recorder.step({**row, **extra}, report)
         self.monitor.step(row, extra)
 
     def _found_in_the_data(self, places: Mapping[int, NonFinite | None], step: int) -> str:
@@ -282,6 +293,7 @@ class Trainer:
         removed = self.saver.go_on_from(self.step) if resumed else []
         if removed:
             self.monitor.say(f"removed the checkpoints of the course that is left: {', '.join(removed)}")
+        self.recorder = Recorder(self.directory, self.config, self.step, self.monitor.say)
 
     def _progress(self) -> Progress:
         return Progress(
@@ -357,6 +369,7 @@ class Trainer:
             self.pace.words(),
             self.pace.peak_memory_mb,
             dict(self.fallbacks),
+            self.profile if self.config.profile else None,
         )
 
     def _failed_rank(self, failure: Exception | None) -> int | None:
@@ -381,6 +394,11 @@ class Trainer:
             f"dhf: {self.config.problem}, {self.comm.size} rank(s) over {self.comm.backend} on {self.comm.device.type}, "
             f"{torch.get_num_threads()} thread(s) each, torch {torch.__version__}"
         )
+
+    def _begin_phase(self, early: str = "") -> None:
+        self._say_phase(early)
+        if isinstance(self.parts.optimizer, HessianFree) and self.config.monitor == "cg" and self.leads:
+            self.parts.optimizer.on_iteration = self.monitor.iteration
 
     def _say_phase(self, early: str = "") -> None:
         if self.schedule.phase.of:

@@ -11,7 +11,7 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,7 +22,9 @@ from dhf.solvers.linear_operator import AgreeingOperator, Agreement
 from dhf.solvers.solution import Iterate, Iteration, Solution
 from dhf.vector_space import VectorSpace
 
-__all__ = ["Recursion", "StoppingRule", "check_preconditioner", "guarded", "run", "zero_solution"]
+__all__ = ["Recursion", "StoppingRule", "check_preconditioner", "guarded", "own_work", "run", "zero_solution"]
+
+T = TypeVar("T")
 
 _ACCURACY_SLACK = 2.0
 
@@ -160,7 +162,7 @@ def run(
             return ends if ends and (recursion.believes or ends is not Reason.RESIDUAL_TOLERANCE) else reason
         return reason or ends
 
-    reason, failure = _own_work(begin)
+    reason, failure = own_work(begin)
     true_norm = math.nan
     while True:
         if reason is not None and not true_residual:
@@ -174,14 +176,14 @@ def run(
             reason = agreed.reason
             continue
         if reason is Reason.RESIDUAL_REPLACED:
-            reason, failure = _own_work(go_on)
+            reason, failure = own_work(go_on)
             continue
         if reason is not None:
             if true_residual:
                 r = recursion.residual(product)
                 true_norm = math.sqrt(A.space.dots((r, r))[0])
             break
-        reason, failure = _own_work(go_on)
+        reason, failure = own_work(go_on)
     checked = true_residual and stop.target > 0
     if reason is Reason.RESIDUAL_TOLERANCE and checked and not true_norm <= _ACCURACY_SLACK * stop.target:
         reason = Reason.ACCURACY_LOST
@@ -239,7 +241,7 @@ class _Snapshots:
         return [] if self._ratio is None else [*(i for i in self._kept if i.number < number), last]
 
 
-def _own_work(work: Callable[[], Reason | None]) -> tuple[Reason | None, Exception | None]:
+def own_work(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
     """Work that takes no product; what fails in it here (a preconditioner, a callback) is told with the next product."""
     try:
         return work(), None

@@ -12,7 +12,7 @@ from torch import Tensor
 from dhf.reason import Reason
 from dhf.vector_space import Replicated, VectorSpace
 
-__all__ = ["AgreeingOperator", "Agreement", "Own", "QueueingOperator", "as_operator", "check_system"]
+__all__ = ["AgreeingOperator", "Agreement", "Own", "QueueingOperator", "as_operator", "check_system", "empty_vector"]
 
 
 class Agreement(Protocol):
@@ -111,7 +111,7 @@ def as_operator(operator: Any) -> AgreeingOperator:
 def check_system(operator: Any, b: Tensor, x0: Tensor | None) -> None:
     """Raise ValueError unless operator, right-hand side and start fit one another."""
     if b.dim() != 1:
-        raise ValueError(f"the right-hand side must have shape (n,), got {tuple(b.shape)}")
+        raise ValueError(f"the right-hand side must have shape (n,), got {tuple(b.shape)}; solve_many takes several")
     if b.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"the right-hand side must be float32 or float64, got {b.dtype}")
     shape, space = getattr(operator, "shape", None), getattr(operator, "space", None)
@@ -127,3 +127,25 @@ def check_system(operator: Any, b: Tensor, x0: Tensor | None) -> None:
             f"x0 is {x0.dtype} of shape {tuple(x0.shape)} on {x0.device}, the right-hand side {b.dtype} of shape "
             f"{tuple(b.shape)} on {b.device}"
         )
+
+
+def empty_vector(operator: Any, like: Tensor | None = None) -> Tensor:
+    """A vector of shape (n,) without values, of the operator's dtype and device, or of those of ``like``.
+
+    An operator that has no dtype is taken for float64, one without a device for the CPU's.
+
+    Raises:
+        ValueError: If the operator has no shape and none is given by ``like``, or they differ.
+    """
+    if like is not None:
+        check_system(operator, like, None)
+        return torch.empty_like(like)
+    shape = getattr(operator, "shape", None)
+    if shape is None or len(shape) != 2:
+        raise ValueError(f"{type(operator).__name__} has no shape (n, n), and so n is not known; give it one")
+    dtype, device = getattr(operator, "dtype", None), getattr(operator, "device", None)
+    return torch.empty(
+        shape[0],
+        dtype=dtype if isinstance(dtype, torch.dtype) else torch.float64,
+        device=device if isinstance(device, torch.device) else None,
+    )

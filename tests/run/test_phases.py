@@ -14,6 +14,7 @@ import yaml
 
 from dhf.run import checkpoint
 from dhf.run.plot import draw_run
+from dhf.run.records import read_run
 from dhf.train import main
 from tests.faults import forked
 from tests.faults.test_lost_ranks import FREE, decided
@@ -42,7 +43,7 @@ Start = Callable[..., tuple[int, Path]]
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
     """``run(phases, flag, ...)`` trains in one process and gives the exit code and the run directory."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("dhf.run.closing.draw_run", lambda metrics, path: path)  # drawing takes longer than the runs
+    monkeypatch.setattr("dhf.run.closing.draw_run", lambda run, path: path)  # drawing takes longer than the runs
     Path("mine.py").write_text(PROBLEM)
 
     def start(phases: list[dict[str, Any]], *flags: str, directory: str = "run") -> tuple[int, Path]:
@@ -82,7 +83,7 @@ def test_phases_follow_one_another_in_one_run(run: Start, capsys: pytest.Capture
         "phase 2 of 3: lbfgs, 2 steps, batch 24",
         "phase 3 of 3: hf, 3 steps, batch 24",
     ]
-    assert draw_run(directory / "metrics.jsonl", directory / "run.png").stat().st_size > 1000
+    assert draw_run(read_run(directory), directory / "run.png").stat().st_size > 1000
     assert yaml.safe_load((directory / "config.yaml").read_text())["phases"] == [ADAM, LBFGS, HF]
     assert main(["--config", str(directory / "config.yaml"), "--run-dir", "again"]) == 0
     assert rows(Path("again")) == written
