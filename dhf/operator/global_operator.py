@@ -406,8 +406,7 @@ class GlobalOperator:
 
     def _launch(self, v: Tensor | None, target: Target) -> None:
         assert v is not None
-        with self.coordinator.phases("products"):
-            self._open_shard().product(v, target.out, ready=target.ready)
+        self._open_shard().product(v, target.out, ready=target.ready)
 
     def _sum_over_ranks(self, shard: ShardCurvature | None, failure: BaseException | None) -> None:
         """Add up losses, counts and gradients, tell every shard its place, and compare replicas, in two collectives."""

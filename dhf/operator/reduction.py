@@ -10,6 +10,7 @@ learn of it together.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import itertools
@@ -225,7 +226,8 @@ class Whole:
             return False
 
         if failure is None:
-            shared, failure = capture(share)
+            with _as_product(self._coordinator, v):
+                shared, failure = capture(share)
             seen = bool(shared)
         if failure is not None:
             self._rider_sums.zero_()
@@ -390,6 +392,11 @@ def _cuts(sizes: Sequence[int], head: int, least: int) -> list[int]:
     return cuts
 
 
+def _as_product(coordinator: Coordinator, v: Tensor | None) -> contextlib.AbstractContextManager[None]:
+    """Count time to products, if there is a vector to be multiplied."""
+    return contextlib.nullcontext() if v is None else coordinator.phases("products")
+
+
 class Pieces:
     """Every rank holds one of P equal pieces of every vector; the last are filled up with zeros.
 
@@ -422,7 +429,8 @@ class Pieces:
         out = self._summed[: self._n]
         if failure is None:
             whole = None if v is None else self._gathered[: self._n]
-            _, failure = capture(lambda: work(whole, Target(out, riders)))
+            with _as_product(self._coordinator, v):
+                _, failure = capture(lambda: work(whole, Target(out, riders)))
         if failure is not None:
             self._summed.zero_()
             riders.zero_()

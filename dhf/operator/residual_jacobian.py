@@ -105,5 +105,4 @@ class ResidualJacobian(GlobalOperator):
     def _rows(self, v: Tensor | None, target: Target, multiply: Multiply) -> None:
         assert v is not None
         self.parameters.check_vector(v)
-        with self.coordinator.phases("products"):
-            self._open_shard().product(v, target.out, multiply, ready=target.ready)
+        self._open_shard().product(v, target.out, multiply, ready=target.ready)
