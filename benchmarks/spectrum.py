@@ -142,8 +142,9 @@ def cheapest(case: Case, truth: Tensor, name: str) -> tuple[dict[float, dict[str
         if statistics.median(errors) <= TARGETS[-1] / 10:
             break
     for target in TARGETS:
-        good = (t["setting"] for t in tried if statistics.median(t["errors"]) <= target)
-        chosen |= {target: setting for setting in itertools.islice(good, 1)}
+        good = next((t["setting"] for t in tried if statistics.median(t["errors"]) <= target), None)
+        if good is not None:
+            chosen[target] = good
     return chosen, tried
 
 

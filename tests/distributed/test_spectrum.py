@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import dhf
 from dhf.comm import Communicator
+from dhf.coordinator import Coordinator
 from tests.distributed.test_agreement import SEEDS
 from tests.distributed.test_operator import SAMPLES, SHARDS, Poisoned, my_batches
 from tests.models import LOSSES, dense_hessian, problem, split
@@ -219,3 +220,29 @@ def test_scipy_searches_on_all_ranks_alike() -> None:
     values = torch.linalg.eigvalsh(dense_hessian(objective.module, batch, LOSSES[LOSS][1]))
     for found in ranks(2, with_scipy):
         torch.testing.assert_close(found.sort().values, values[-3:], rtol=1e-10, atol=1e-12)
+
+
+def interrupted(comm: Communicator) -> tuple[dhf.Reason, int, bool]:
+    """A search during whose seventh product rank 1 has a stop signal."""
+    objective, batch = problem("mlp", LOSS, SAMPLES)
+    asked = 0
+
+    def stop() -> bool:
+        nonlocal asked
+        asked += 1
+        return comm.rank == comm.size - 1 and asked > 10
+
+    coordinator = Coordinator(comm, interrupted=stop)
+    mine = my_batches(comm, batch, SHARDS["even"][comm.size], 1)
+    with dhf.Hessian(objective, mine, coordinator=coordinator) as A:
+        pairs = dhf.eigsh(A, 3, tol=0.0)
+        return pairs.reason, A.products, bool(pairs.residual_norms.isnan().all()) and len(pairs.values) == 3
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_stop_signal_ends_a_search_with_what_it_has(size: int) -> None:
+    first, *others = ranks(size, interrupted)
+    assert first[0] is dhf.Reason.INTERRUPTED
+    assert 5 < first[1] < 15
+    assert first[2]
+    assert all(other == first for other in others)
