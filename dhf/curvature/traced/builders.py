@@ -3,8 +3,8 @@
     retained    autograd's own graph, differentiated once more for every product
     traced      the operations of one product, recorded; those that depend on the vector are replayed
     compiled    the same, compiled
-    auto        traced where the module has convolutions or recurrent layers, of which autograd's second derivatives are slow (on a
-                GPU for Gauss-Newton products alone); retained elsewhere, where a recording saves a few percent
+    auto        traced where the module has convolutions or recurrent layers, of which autograd's second derivatives are slow
+                (on a GPU for Gauss-Newton products alone); retained elsewhere, where a recording saves a few percent
 
 A recording belongs to an objective and to the shapes of a micro-batch, and serves all micro-batches and steps of these shapes.
 What cannot be recorded is retained, and what cannot be compiled traced.
