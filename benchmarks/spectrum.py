@@ -2,17 +2,19 @@
 
     python benchmarks/spectrum.py [--rounds 15]
 
-The subject is the built-in digits classifier in float32, after some steps of training. The reference is SciPy's
-ARPACK on float64 products, to full accuracy. For each target (the largest relative error of the ten eigenvalues) each contender
-is given the cheapest of its settings whose results meet it for all of several seeds; "default" is what it does when nothing is
-set. Then all are timed in turn in one process on one core, in its CPU seconds, with everything that a call takes: graphs, search
-and vectors.
+The subject is the built-in digits classifier in float32, after some steps of training. The reference is SciPy's ARPACK on
+float64 products, to full accuracy. An error is the largest relative one of the ten eigenvalues, the median over ten seeds of the
+start. For each target each contender is given the cheapest of its settings that meets it, found by trial; a user who does not
+know the answer cannot do that for a search of fixed length. "default" is what it does when nothing is set. Then all are timed in
+turn in one process on one core, in its CPU seconds, with everything that a call takes: graphs, search and vectors; each call has
+the next seed.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.metadata
+import itertools
 import os
 import statistics
 import time
@@ -30,7 +32,7 @@ import dhf
 from dhf.problems import build_problem
 
 K = 10
-SEEDS = range(3)
+SEEDS = range(10)
 TARGETS = (1e-2, 1e-3, 1e-4, 1e-5)
 STEPS = {"after 5 steps": 5, "after 20 steps": 20}
 OURS = "dhf"
@@ -76,7 +78,7 @@ def by_eigenthings(case: Case, setting: dict[str, Any], seed: int) -> Tensor:
     return lanczos(operator, k=K, which="LA", seed=seed, **setting).eigenvalues.double()
 
 
-_TOLERANCES = [{"tol": float(f"{10 ** (-j / 4):.1e}"), "true_residual": False} for j in range(4, 21)]
+_TOLERANCES = [{"tol": float(f"{10 ** (-j / 6):.1e}"), "true_residual": False} for j in range(6, 31)]
 _LENGTHS = [{"max_iterations": m, "tol": 0.0, "true_residual": False} for m in range(16, 100, 2)]
 CONTENDERS: dict[str, tuple[Search, list[dict[str, Any]]]] = {
     OURS: (by_dhf, _TOLERANCES),
@@ -128,7 +130,7 @@ def error(found: Tensor, truth: Tensor) -> float:
 
 
 def cheapest(case: Case, truth: Tensor, name: str) -> tuple[dict[float, dict[str, Any]], list[dict[str, Any]]]:
-    """For each target the first setting that meets it with all seeds, and what was tried."""
+    """For each target the first setting that meets it, and what was tried; each takes more products than the one before."""
     search, settings = CONTENDERS[name]
     tried: list[dict[str, Any]] = []
     chosen: dict[float, dict[str, Any]] = {}
@@ -137,11 +139,12 @@ def cheapest(case: Case, truth: Tensor, name: str) -> tuple[dict[float, dict[str
         for seed in SEEDS:
             errors.append(error(search(case, setting, seed), truth))
         tried.append({"setting": setting, "errors": errors, "seconds": (time.process_time() - began) / len(SEEDS)})
-        for target in TARGETS:
-            if max(errors) <= target:
-                chosen.setdefault(target, setting)
-        if len(chosen) == len(TARGETS):
+        if statistics.median(errors) <= TARGETS[-1] / 10:
             break
+    for target in TARGETS:
+        good = next((t["setting"] for t in tried if statistics.median(t["errors"]) <= target), None)
+        if good is not None:
+            chosen[target] = good
     return chosen, tried
 
 
@@ -167,7 +170,10 @@ def main() -> None:
         for target in (*TARGETS, None):
             settings = DEFAULTS if target is None else {n: c[target] for n, c in chosen.items() if target in c}
             alternatives = {n: _call(CONTENDERS[n][0], case, settings[n]) for n in settings}
-            errors = {n: max(error(CONTENDERS[n][0](case, settings[n], s), truth) for s in SEEDS) for n in settings}
+            errors = {
+                n: statistics.median(error(CONTENDERS[n][0](case, settings[n], s), truth) for s in SEEDS)
+                for n in settings
+            }
             seconds = interleave(alternatives, rounds=arguments.rounds, device=device, clock=time.process_time)
             ahead = {n: ratio(seconds, n, OURS) for n in settings if n != OURS and OURS in settings}
             entry["targets"]["default" if target is None else f"{target:g}"] = {
@@ -191,7 +197,8 @@ def main() -> None:
 
 
 def _call(search: Search, case: Case, setting: dict[str, Any]) -> Callable[[], Tensor]:
-    return lambda: search(case, setting, 0)
+    seeds = itertools.cycle(SEEDS)
+    return lambda: search(case, setting, next(seeds))
 
 
 if __name__ == "__main__":

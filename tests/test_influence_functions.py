@@ -100,12 +100,12 @@ def test_logistic_regression_trained_again_without_a_sample() -> None:
     train(torch.ones(200, dtype=torch.bool))
     query = X[:1] + 0.5, 1 - y[:1]
     found = dhf.influence(objective, [(X, y)], [query], curvature="hessian", damping=0.0, rtol=1e-12)
-    before = float(objective.loss(module(query[0]), query))
+    before = float(objective.loss(module(query[0]), query).detach())
     kept = {name: value.clone() for name, value in module.state_dict().items()}
     for i in (0, 7, 50):
         module.load_state_dict(kept)
         train(torch.arange(200) != i)
-        rise = float(objective.loss(module(query[0]), query)) - before
+        rise = float(objective.loss(module(query[0]), query).detach()) - before
         assert rise == pytest.approx(float(found.scores[0, i]), rel=0.1, abs=1e-6)
 
 

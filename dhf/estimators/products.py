@@ -49,7 +49,7 @@ class Products:
             raise NonFiniteError(
                 "a product holds NaN or infinity; look at the data of the ranks and the scale of the loss"
             )
-        return product
+        return product.detach()
 
     def inner(self, x: Tensor, y: Tensor) -> float:
         """``x·y``, finite.

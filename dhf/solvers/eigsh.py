@@ -134,7 +134,7 @@ def eigsh(
         return A.space.piece(normal_vector(seed, number, whole))
 
     def begin() -> _Search:
-        start = draw(0) if v0 is None else v0
+        start = draw(0) if v0 is None else v0.detach()
         lanczos = Lanczos(A.space, n, start, capacity, lambda number: draw(number + 1))
         wanted = _TOLERANCE[like.dtype] if tol is None else tol
         return _Search(lanczos, start, k, which, wanted, max_iterations or 50 * capacity)
@@ -154,7 +154,7 @@ def eigsh(
             break
         if not agreed.valid or agreed.reason is not reason:
             reason = agreed.reason
-            search.lanczos.follow(reason)
+            _, failure = own_work(lambda s=search, r=reason: s.follow(r))  # type: ignore[misc]
             continue
         search.products += 1  # one that was mixed counts nowhere, so that all have the same number
         reason, failure = own_work(lambda s=search, p=product: s.advance(p))  # type: ignore[misc]
@@ -186,14 +186,26 @@ class _Search:
             return Reason.RESIDUAL_TOLERANCE
         if self.products >= self._limit:
             return Reason.ITERATION_LIMIT
-        if lanczos.full:
-            values, vectors, _ = lanczos.ritz()
-            # between the wanted ones alone, which converge slowly, and so many that no room is left
-            kept = self._order(values)[: self._k + (lanczos.j - self._k) // 3]
-            lanczos.restart(values[kept], vectors[:, kept])
-            self.restarts += 1
-            self._due = lanczos.j + 1
+        self._make_room()
         return reason
+
+    def follow(self, reason: Reason | None) -> None:
+        """Do as all have agreed, which is not what was proposed here."""
+        if reason in (None, Reason.INVARIANT_SUBSPACE):
+            self.lanczos.follow(reason)
+            self._make_room()  # where this rank saw an end, and the others do not
+
+    def _make_room(self) -> None:
+        """Restart if the basis is full."""
+        lanczos = self.lanczos
+        if not lanczos.full or lanczos.complete:
+            return
+        values, vectors, _ = lanczos.ritz()
+        # between the wanted ones alone, which converge slowly, and so many that no room is left
+        kept = self._order(values)[: self._k + (lanczos.j - self._k) // 3]
+        lanczos.restart(values[kept], vectors[:, kept])
+        self.restarts += 1
+        self._due = lanczos.j + 1
 
     def end(self, A: AgreeingOperator, reason: Reason, *, vectors: bool, true_residual: bool) -> Eigenpairs:
         """The pairs where a search that ends for this reason stands."""
@@ -261,7 +273,7 @@ class _Search:
         space, found, norms = A.space, values.clone(), torch.full_like(values, math.nan)
         for i, x in enumerate(self.lanczos.basis.rows[: len(values)]):
             product, agreed = A.apply(x, reason)
-            self.products += 1
+            product, self.products = product.detach(), self.products + 1
             if agreed.reason is Reason.NON_FINITE:
                 return found, norms, Reason.NON_FINITE
             xAx, xx = space.dots((x, product), (x, x))

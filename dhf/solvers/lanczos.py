@@ -51,7 +51,7 @@ class Lanczos:
     def __init__(self, space: VectorSpace, n: int, start: Tensor, capacity: int, draw: Callable[[int], Tensor]) -> None:
         self.space, self.n, self._draw = space, n, draw
         self.basis = Basis(space, start, min(capacity + 1, n))
-        self._T = np.zeros((capacity + 1, capacity + 1))
+        self._T = np.zeros((capacity + 1, capacity + 1))  # the last row and column are the next vector's
         self.j = self.run = self._products = self._kept = 0
         self.beta = self.scale = 0.0
         self._residual: tuple[Tensor, float] | None = None
@@ -83,7 +83,7 @@ class Lanczos:
         NON_FINITE: it has not been taken in. NOT_SYMMETRIC: no eigenvalue can be trusted. INVARIANT_SUBSPACE: a direction was
         drawn to go on with.
         """
-        j, basis = self.j, self.basis
+        j, basis, product = self.j, self.basis, product.detach()
         w = basis.rows[j + 1].copy_(product) if j + 1 < len(basis.rows) else product.clone()
         # what is known of the product is taken out first: the pass over the basis would multiply its errors by what it finds
         if j == self._kept:
@@ -124,7 +124,8 @@ class Lanczos:
     def ritz(self) -> tuple[Tensor, Tensor, Tensor]:
         """Ritz values, ascending; their vectors in V, one per column; and their residual norms; float64 on the CPU."""
         values, vectors = torch.linalg.eigh(self.T)
-        return values, vectors, self.beta * vectors[-1].abs()
+        coupling = torch.from_numpy(self._T[self.j, : self.j].copy())  # of the next vector
+        return values, vectors, (coupling @ vectors).abs()
 
     def restart(self, values: Tensor, vectors: Tensor) -> None:
         """Keep these Ritz pairs, and the next vector."""

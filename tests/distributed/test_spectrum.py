@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import dhf
 from dhf.comm import Communicator
+from dhf.coordinator import Coordinator
 from tests.distributed.test_agreement import SEEDS
 from tests.distributed.test_operator import SAMPLES, SHARDS, Poisoned, my_batches
 from tests.models import LOSSES, dense_hessian, problem, split
@@ -117,27 +118,28 @@ class Watched:
         return verdict
 
 
-def search_disturbed(comm: Communicator, disturbed: list[int], at: int) -> list[tuple[dhf.Eigenpairs, int]]:
+def search_disturbed(
+    comm: Communicator, disturbed: list[int], at: int, basis: int | None
+) -> list[tuple[dhf.Eigenpairs, int]]:
     """Disturbed searches, each taken twice: to see what the ranks find, and with one rank's bound as tolerance."""
     objective, batch = problem("mlp", LOSS, SAMPLES)
     found = []
     with dhf.Hessian(objective, my_batches(comm, batch, SHARDS["even"][4], 1), comm=comm) as A:
         for seed in range(SEEDS):
             name, ulps = 1000 * seed + comm.rank, 1 if comm.rank in disturbed else 0
-            seen = dhf.eigsh(
-                Watched(A, name, ulps), 2, which="magnitude", tol=1e-14, max_iterations=at, true_residual=False
-            )
+            options: dict[str, Any] = {"which": "magnitude", "basis": basis}
+            seen = dhf.eigsh(Watched(A, name, ulps), 2, tol=1e-14, max_iterations=at, true_residual=False, **options)
             bound = float(seen.error_bounds.max()) / float(seen.values.abs().max())
             tol = comm.gather_objects(bound)[seed % comm.size]
             again = Watched(A, name, ulps)
-            found.append((dhf.eigsh(again, 2, which="magnitude", tol=tol, max_iterations=100), again.mixed))
+            found.append((dhf.eigsh(again, 2, tol=tol, max_iterations=100, **options), again.mixed))
     return found
 
 
 @pytest.mark.parametrize("disturbed", [[3], [0, 1, 2, 3]], ids=["last rank", "all ranks"])
-@pytest.mark.parametrize("at", [6, 7])
-def test_all_ranks_stop_together(at: int, disturbed: list[int]) -> None:
-    cases = list(zip(*ranks(4, search_disturbed, disturbed=disturbed, at=at), strict=True))
+@pytest.mark.parametrize(("at", "basis"), [(6, None), (6, 6)], ids=["on the way", "where the basis is full"])
+def test_all_ranks_stop_together(at: int, basis: int | None, disturbed: list[int]) -> None:
+    cases = list(zip(*ranks(4, search_disturbed, disturbed=disturbed, at=at, basis=basis), strict=True))
     for (pairs, mixed), *others in cases:
         assert pairs.reason is dhf.Reason.RESIDUAL_TOLERANCE
         for other, their_mixed in others:
@@ -218,3 +220,29 @@ def test_scipy_searches_on_all_ranks_alike() -> None:
     values = torch.linalg.eigvalsh(dense_hessian(objective.module, batch, LOSSES[LOSS][1]))
     for found in ranks(2, with_scipy):
         torch.testing.assert_close(found.sort().values, values[-3:], rtol=1e-10, atol=1e-12)
+
+
+def interrupted(comm: Communicator) -> tuple[dhf.Reason, int, bool]:
+    """A search during whose seventh product rank 1 has a stop signal."""
+    objective, batch = problem("mlp", LOSS, SAMPLES)
+    asked = 0
+
+    def stop() -> bool:
+        nonlocal asked
+        asked += 1
+        return comm.rank == comm.size - 1 and asked > 10
+
+    coordinator = Coordinator(comm, interrupted=stop)
+    mine = my_batches(comm, batch, SHARDS["even"][comm.size], 1)
+    with dhf.Hessian(objective, mine, coordinator=coordinator) as A:
+        pairs = dhf.eigsh(A, 3, tol=0.0)
+        return pairs.reason, A.products, bool(pairs.residual_norms.isnan().all()) and len(pairs.values) == 3
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_stop_signal_ends_a_search_with_what_it_has(size: int) -> None:
+    first, *others = ranks(size, interrupted)
+    assert first[0] is dhf.Reason.INTERRUPTED
+    assert 5 < first[1] < 15
+    assert first[2]
+    assert all(other == first for other in others)

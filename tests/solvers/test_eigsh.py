@@ -260,6 +260,15 @@ def test_wrong_arguments_are_named(options: dict[str, Any], words: str) -> None:
         dhf.eigsh(spectrum(mixed()), **options)
 
 
+def test_products_and_starts_may_carry_graphs() -> None:
+    A = spectrum(mixed(30)).requires_grad_(True)
+    v0 = torch.ones(30, dtype=torch.float64, requires_grad=True)
+    found = dhf.eigsh(Counted(A), 3, v0=v0)
+    torch.testing.assert_close(found.values, truth(A.detach(), "largest", 3))
+    assert not found.vectors.requires_grad
+    assert dhf.trace(Counted(A), products=30).value == pytest.approx(float(A.detach().trace()))
+
+
 def test_an_operator_without_a_shape_is_named() -> None:
     class Shapeless:
         def matvec(self, v: Tensor) -> Tensor:
@@ -291,6 +300,9 @@ def test_the_relation_holds_through_restarts_and_drawn_directions() -> None:
         lanczos.restart(values[-5:], vectors[:, -5:])
         V = lanczos.basis.rows[:5].T
         torch.testing.assert_close(V.T @ A @ V, lanczos.T, rtol=0, atol=1e-12)
+        values, vectors, bounds = lanczos.ritz()
+        X = V @ vectors
+        torch.testing.assert_close(torch.linalg.vector_norm(A @ X - X * values, dim=0), bounds, rtol=0, atol=1e-12)
         assert lanczos.advance(A @ lanczos.next) is None
         if turn == 1:
             lanczos.follow(dhf.Reason.INVARIANT_SUBSPACE)
