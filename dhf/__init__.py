@@ -50,6 +50,7 @@ _PUBLIC = {
     "influence": "dhf.influence_functions",
     "jacobi": "dhf.preconditioners",
     "minres": "dhf.solvers",
+    "shard": "dhf.problems",
     "solve_many": "dhf.solvers",
     "spectral_density": "dhf.estimators",
     "steihaug": "dhf.solvers",
@@ -93,6 +94,7 @@ if TYPE_CHECKING:
     from dhf.preconditioners import empirical_fisher as empirical_fisher
     from dhf.preconditioners import jacobi as jacobi
     from dhf.problems import Problem as Problem
+    from dhf.problems import shard as shard
     from dhf.reason import Reason as Reason
     from dhf.solvers import Eigenpairs as Eigenpairs
     from dhf.solvers import Solution as Solution

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dhf.batches import micro_batches
 from dhf.coordinator import Coordinator, capture
 from dhf.errors import NonFiniteError, UsageError
 from dhf.evaluation import moving_buffers, restore_buffers, stream_seed
@@ -87,7 +88,7 @@ class FirstOrder:
         """
         began, waited = time.perf_counter(), self.coordinator.seconds_waiting
         self.coordinator.phases.begin()
-        shard, failure = capture(lambda: list(batches))
+        shard, failure = capture(lambda: micro_batches(batches))
         facts = {
             "method": self._method,
             "learning rate": repr(self._learning_rate),

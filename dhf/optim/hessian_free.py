@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dhf.batches import micro_batches
 from dhf.comm import Communicator, Serial
 from dhf.coordinator import Coordinator, capture
 from dhf.curvature import GradientGraph, Retention
@@ -53,7 +54,7 @@ _GRADIENT_AFTER = 3  # failed steps in a row before the gradient is tried
 class HessianFree(torch.optim.Optimizer):
     """Distributed Hessian-free optimisation: truncated Newton, Gauss-Newton, Levenberg-Marquardt or natural gradient.
 
-    What is left at None comes from the preset; :attr:`settings` holds what is used, and the README's table says why.
+    What is left at None comes from the preset; :attr:`settings` holds what is used, and docs/settings.md says why.
 
     Args:
         objective: What is minimised; its module's trainable parameters are what moves.
@@ -184,7 +185,8 @@ class HessianFree(torch.optim.Optimizer):
         during which the coordinator learns of a stop signal or the time limit is not taken: nothing has changed then.
 
         Args:
-            batches: This rank's micro-batches, each what ``objective.outputs`` takes; none for an empty shard.
+            batches: This rank's micro-batches, each what ``objective.outputs`` takes; none for an empty shard. Any iterable, a
+                DataLoader included, which is read once; :func:`dhf.shard` makes them from data.
 
         Raises:
             UsageError, RanksDifferError, NonFiniteError, RankError, ReplicasDivergedError, CommunicationError: On every
@@ -192,7 +194,7 @@ class HessianFree(torch.optim.Optimizer):
         """
         began, waited = time.perf_counter(), self.coordinator.seconds_waiting
         self.coordinator.phases.begin()
-        shard, failure = capture(lambda: list(batches))
+        shard, failure = capture(lambda: micro_batches(batches))
         self.coordinator.require_same(self._facts(), failure=failure)
         assert shard is not None
         buffers = moving_buffers(self.objective.module)

@@ -6,7 +6,7 @@
     newton          other networks in float64               hessian    steihaug      none            trust region
     convex          a linear model with a convex loss       ggn        direct, cg    nystrom         Levenberg-Marquardt, Armijo
 
-The README has the same table with the reason for each number.
+docs/settings.md has the same table with the reason for each number.
 """
 
 from __future__ import annotations

@@ -2,6 +2,6 @@
 
 from dhf.problems.problem import Problem
 from dhf.problems.registry import build_problem, problem_names
-from dhf.problems.shards import Shard
+from dhf.problems.shards import Shard, shard
 
-__all__ = ["Problem", "Shard", "build_problem", "problem_names"]
+__all__ = ["Problem", "Shard", "build_problem", "problem_names", "shard"]

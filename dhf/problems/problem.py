@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from dhf.objective import Objective
+from dhf.problems.data import Data, as_data
 
 __all__ = ["Problem", "match_module"]
 
@@ -21,22 +22,36 @@ class Problem:
 
     Attributes:
         objective: What is minimised; it owns the module.
-        train: A map-style dataset, or a tuple of tensors with one leading dimension. A batch is what torch's
-            ``default_collate`` makes of its samples.
+        train: The samples: a tuple of tensors with one leading dimension; a map-style data set or list of samples; a
+            DataLoader, of which the data set, ``collate_fn`` and, for micro-batches, ``batch_size`` are taken; or another
+            iterable of samples (a generator, an IterableDataset), which is read once, here, and kept. Every rank is given
+            all of them: dhf divides and orders them itself. A batch is what ``collate_fn``, torch's ``default_collate`` where
+            there is none, makes of samples.
         validation: The same, held out; dhf reports its loss over all ranks. None for none.
         metrics: ``metrics(module)`` gives more numbers by name, taken on rank 0 after a step; None for none.
         pictures: ``pictures(module, folder)`` draws files into a folder at the end, on rank 0, and returns their paths. Under
             ``dhf plot``, matplotlib's settings are those of the ground and format asked for: a figure made by
             ``matplotlib.figure.Figure`` follows them, and so does ``savefig`` to a name without suffix.
         dtype: ``"float32"`` or ``"float64"``: what parameters and data become where the user does not say otherwise.
+
+    Raises:
+        UsageError: If the data cannot be read, or are a loader that repeats samples, leaves some out or makes its own batches.
     """
 
     objective: Objective
-    train: Dataset[Any] | Sequence[torch.Tensor]
-    validation: Dataset[Any] | Sequence[torch.Tensor] | None = None
+    train: Dataset[Any] | Sequence[Any] | DataLoader[Any] | Iterable[Any] | Data
+    validation: Dataset[Any] | Sequence[Any] | DataLoader[Any] | Iterable[Any] | Data | None = None
     metrics: Callable[[torch.nn.Module], Mapping[str, float]] | None = None
     pictures: Callable[[torch.nn.Module, Path], list[Path]] | None = None
     dtype: Literal["float32", "float64"] = "float32"
+
+    def __post_init__(self) -> None:
+        for name in ("train", "validation"):
+            given = getattr(self, name)
+            data = None if given is None else as_data(given)
+            # tensors and data sets stay as they are; an iterable can be read but once
+            if data is not None and data.samples is not given and not isinstance(given, (tuple, list)):
+                object.__setattr__(self, name, data)
 
 
 def match_module(x: torch.Tensor, module: torch.nn.Module) -> torch.Tensor:

@@ -4,25 +4,27 @@ The samples of a step have one order, the same whatever the number of ranks; ran
 contiguous parts of it. Which samples a step takes depends on the seed and the step alone, so a resumed run goes on with
 the right ones, also with another number of ranks. A data set whose samples are drawn at random (augmentation) is drawn anew
 for each step of a mini-batch run, and once for a run that takes all samples in each step; by seed, step and sample, so that
-ranks and resumed runs draw alike.
+ranks and resumed runs draw alike. It must draw from the global generators of torch, numpy or Python for that.
 """
 
 from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, TensorDataset, default_collate
+from torch.utils.data import TensorDataset, default_collate
 
+from dhf.comm import Communicator
 from dhf.errors import UsageError
 from dhf.evaluation import stream_seed
+from dhf.problems.data import Samples, as_data
 
-__all__ = ["Shard"]
+__all__ = ["Shard", "shard"]
 
 _HASHED_BYTES = 64 * 2**20
 
@@ -31,33 +33,34 @@ class Shard:
     """The micro-batches of one rank.
 
     Args:
-        data: A map-style dataset, or a tuple of tensors with one leading dimension.
+        data: What :func:`dhf.problems.data.as_data` takes: tensors, a data set, a DataLoader or an iterable of samples.
         rank: This rank.
         size: Number of ranks.
         device: Where batches go.
-        dtype: What their floating-point tensors become.
+        dtype: What their floating-point tensors become; None leaves them as they are.
         batch_size: Samples per step over all ranks; None for all of them. The last batch of an epoch may be smaller.
-        micro_batch_size: Most samples in a micro-batch; None for one micro-batch per rank and step.
+        micro_batch_size: Most samples in a micro-batch; None for the batch size of a DataLoader, and for one micro-batch per
+            rank and step otherwise.
         seed: Names the order of the epochs.
 
     Raises:
-        UsageError: If the data have no length, are empty, or a size is out of range.
+        UsageError: If the data cannot be used or are empty, or a size is out of range.
     """
 
     def __init__(
         self,
-        data: Dataset[Any] | Sequence[Tensor],
+        data: Any,
         rank: int,
         size: int,
         *,
         device: torch.device,
-        dtype: torch.dtype,
+        dtype: torch.dtype | None,
         batch_size: int | None = None,
         micro_batch_size: int | None = None,
         seed: int = 0,
     ) -> None:
-        self._data = _as_dataset(data)
-        self.samples = len(self._data)  # type: ignore[arg-type]
+        found = as_data(data)
+        self._data, self._collate, self.samples = found.samples, found.collate, len(found)
         if self.samples == 0:
             raise UsageError("the data set is empty")
         for name, value in (("batch-size", batch_size), ("micro-batch-size", micro_batch_size)):
@@ -65,7 +68,7 @@ class Shard:
                 raise UsageError(f"--{name} must be at least 1, got {value}")
         self._rank, self._size, self._device, self._dtype = rank, size, device, dtype
         self._batch = self.samples if batch_size is None else min(batch_size, self.samples)
-        self._micro, self._seed = micro_batch_size, seed
+        self._micro, self._seed = micro_batch_size or found.micro_batch_size, seed
         self._whole: list[Any] | None = None
 
     @property
@@ -81,7 +84,11 @@ class Shard:
         """What must be the same of the data on all ranks: their number, form and content, the last as a hash.
 
         Tensors are hashed whole up to 64 MiB and by rows at even distances above; of a data set, 64 samples at even distances.
+
+        Raises:
+            UsageError: If a sample is another one each time it is read.
         """
+        self._check_repeatable()
         return {
             "samples": str(self.samples),
             "form": _form(_samples(self._data, [0], 0, 0)[0]),
@@ -112,6 +119,16 @@ class Shard:
         mine = np.array_split(order, self._size)[self._rank][:number]
         return self._batch_of(mine, 0 if whole else step) if len(mine) else None
 
+    def _check_repeatable(self) -> None:
+        if isinstance(self._data, TensorDataset):
+            return
+        first, again = (_digest(_samples(self._data, [0], 0, 0)) for _ in range(2))
+        if first != again:
+            raise UsageError(
+                "sample 0 of the data is another one each time it is read, so that ranks and steps would not see the same data; "
+                "draw from the global generators of torch, numpy or random, which dhf seeds for each sample"
+            )
+
     def _order(self, step: int) -> np.ndarray:
         per_epoch = -(-self.samples // self._batch)
         epoch, place = divmod(step, per_epoch)
@@ -124,10 +141,10 @@ class Shard:
         return [self._batch_of(mine[i : i + size], draw) for i in range(0, len(mine), size)]
 
     def _batch_of(self, indices: np.ndarray, draw: int) -> Any:
-        if isinstance(self._data, TensorDataset):
+        if type(self._data) is TensorDataset and self._collate is default_collate:
             batch: Any = tuple(t[torch.from_numpy(indices)] for t in self._data.tensors)
         else:
-            batch = default_collate(_samples(self._data, indices, self._seed, draw))
+            batch = self._collate(_samples(self._data, indices, self._seed, draw))
         return self._place(batch, indices)
 
     def _place(self, part: Any, indices: np.ndarray) -> Any:
@@ -135,24 +152,62 @@ class Shard:
             if not part.is_floating_point():
                 return part.to(self._device)
             _check_finite(part, indices)
-            return part.to(self._device, self._dtype)
+            return part.to(self._device, self._dtype or part.dtype)
         if isinstance(part, Mapping):
             return {key: self._place(value, indices) for key, value in part.items()}
+        if isinstance(part, tuple) and hasattr(part, "_fields"):
+            return type(part)(*(self._place(value, indices) for value in part))
         if isinstance(part, (tuple, list)):
             return tuple(self._place(value, indices) for value in part)
         return part
 
 
-def _as_dataset(data: Dataset[Any] | Sequence[Tensor]) -> Dataset[Any]:
-    if isinstance(data, tuple) or (isinstance(data, list) and all(isinstance(t, Tensor) for t in data)):
-        if not data or not all(isinstance(t, Tensor) and t.dim() and len(t) == len(data[0]) for t in data):
-            raise UsageError("data given as a tuple must be tensors with one leading dimension")
-        return TensorDataset(*data)
-    if not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
-        raise UsageError(
-            f"data must be a map-style dataset (with len() and []) or a tuple of tensors, got {type(data).__name__}"
-        )
-    return data  # type: ignore[return-value]
+def shard(
+    data: Any,
+    comm: Communicator | None = None,
+    *,
+    step: int = 0,
+    batch_size: int | None = None,
+    micro_batch_size: int | None = None,
+    dtype: torch.dtype | None = None,
+    seed: int = 0,
+) -> list[Any]:
+    """This rank's micro-batches of a step: its part of all samples, or of those of a mini-batch.
+
+    Nothing is padded, repeated or left out: over all ranks, every sample of the step is there once, in the data's order or, with
+    ``batch_size``, in one that ``seed`` names.
+
+    Args:
+        data: A tuple of tensors with one leading dimension, a map-style data set, a DataLoader (its samples, collate_fn and
+            batch size; it is dhf that divides and orders), or another iterable of samples, which is read whole.
+        comm: How ranks talk; one process by default. Batches go to its device.
+        step: Which mini-batch.
+        batch_size: Samples per step over all ranks; all of them by default.
+        micro_batch_size: Most samples in a micro-batch; by default the loader's batch size, or this rank's whole part.
+        dtype: What floating-point tensors become; as they are by default.
+        seed: Names the order of mini-batches; the same on all ranks.
+
+    Raises:
+        UsageError: If the data cannot be used or are empty, or a size is out of range.
+
+    Example:
+        >>> x = torch.arange(5.0)
+        >>> [batch for (batch,) in shard((x,), micro_batch_size=2)]
+        [tensor([0., 1.]), tensor([2., 3.]), tensor([4.])]
+    """
+    rank, size, device = (comm.rank, comm.size, comm.device) if comm is not None else (0, 1, torch.device("cpu"))
+    mine = Shard(
+        data,
+        rank,
+        size,
+        device=device,
+        dtype=dtype,
+        batch_size=batch_size,
+        micro_batch_size=micro_batch_size,
+        seed=seed,
+    )
+    mine._check_repeatable()
+    return mine.batches(step)
 
 
 def _form(sample: Any) -> str:
@@ -166,7 +221,7 @@ def _form(sample: Any) -> str:
     return type(sample).__name__
 
 
-def _content(data: Dataset[Any], samples: int) -> str:
+def _content(data: Samples, samples: int) -> str:
     if isinstance(data, TensorDataset):
         size = sum(t.nbytes for t in data.tensors)
         stride = -(-size // _HASHED_BYTES)
@@ -175,7 +230,7 @@ def _content(data: Dataset[Any], samples: int) -> str:
     return _digest(_samples(data, chosen, 0, 0))
 
 
-def _samples(data: Dataset[Any], indices: Iterable[int], seed: int, draw: int) -> list[Any]:
+def _samples(data: Samples, indices: Iterable[int], seed: int, draw: int) -> list[Any]:
     """Samples of a data set; what they draw at random depends on the seed, the drawing and their index alone."""
     python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002
     found = []
@@ -217,6 +272,11 @@ def _digest(value: Any) -> str:
 
 def _check_finite(values: Tensor, indices: np.ndarray) -> None:
     finite = torch.isfinite(values).flatten(1).all(1) if values.dim() > 1 else torch.isfinite(values)
-    if finite.dim() and not finite.all():
-        wrong = int((~finite).nonzero()[0])
-        raise UsageError(f"sample {int(indices[wrong])} of the data holds NaN or infinity; remove it or mend it")
+    if not finite.dim() or finite.all():
+        return
+    wrong = int((~finite).nonzero()[0])
+    # a collate_fn may have made something else of the samples than one row of each
+    where = (
+        f"sample {indices[wrong]}" if len(finite) == len(indices) else f"one of samples {indices[0]} to {indices[-1]}"
+    )
+    raise UsageError(f"{where} of the data holds NaN or infinity; remove it or mend it")

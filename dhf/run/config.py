@@ -71,7 +71,8 @@ class Config:
     batch_size: int | None = _data(None, "samples per step over all ranks; all of them by default")
     micro_batch_size: int | Literal["auto"] | None = _data(
         None,
-        "samples differentiated at once; a rank's whole share by default; auto finds the fastest that fits into memory",
+        "samples differentiated at once; by default a rank's whole share, or the batch size of the problem's DataLoader; auto "
+        "finds the fastest that fits into memory",
     )
     weight_decay: float | None = _data(
         None, "coefficient of half the squared norm of the parameters; the problem's own by default"

@@ -74,8 +74,11 @@ def cgls(
         x0: Start, shape (n,); zero by default.
         rtol: Stop when ``‖Jᵀ(b - J x) - damping x‖ ≤ rtol·‖Jᵀb‖``. Dimensionless; 0 turns it off.
         atol: The same in the units of Jᵀb.
-        max_iterations, progress_tolerance, snapshot_ratio, callback: As in :func:`dhf.cg`.
+        max_iterations: As in :func:`dhf.cg`, as are the next and the last two.
+        progress_tolerance: See there.
         preconditioner: ``r -> z ≈ (JᵀJ + damping·I)⁻¹ r``, symmetric positive definite; none by default.
+        snapshot_ratio: See there.
+        callback: See there.
 
     Returns:
         A Solution in the terms of the normal equations: residual norms are those of ``Jᵀ(b - J x) - damping x``.
