@@ -28,7 +28,7 @@ class Hessian(GlobalOperator):
         comm: How ranks talk; one process by default.
         products: ``"retained"``: autograd's graph, differentiated once more for each product; ``"traced"``: its operations,
             recorded once for each shape of micro-batch and replayed; ``"compiled"``: the same, compiled; ``"auto"``: traced
-            on a CPU for modules with convolutions or recurrent layers, else retained. What cannot be compiled is traced, and
+            for modules with convolutions or recurrent layers (on a GPU for Gauss-Newton alone), else retained. What cannot be compiled is traced, and
             what cannot be recorded retained, with a warning.
         **options: ``parameters``, ``seed``, ``coordinator``, ``move_buffers``, ``debug_nonfinite``, ``retain`` as in
             :class:`GlobalOperator`.

@@ -3,8 +3,8 @@
     retained    autograd's own graph, differentiated once more for every product
     traced      the operations of one product, recorded; those that depend on the vector are replayed
     compiled    the same, compiled
-    auto        traced on a CPU where the module has convolutions or recurrent layers, of which autograd's second derivatives
-                are slow; retained elsewhere, where a recording saves a few percent
+    auto        traced where the module has convolutions or recurrent layers, of which autograd's second derivatives are slow (on a
+                GPU for Gauss-Newton products alone); retained elsewhere, where a recording saves a few percent
 
 A recording belongs to an objective and to the shapes of a micro-batch, and serves all micro-batches and steps of these shapes.
 What cannot be recorded is retained, and what cannot be compiled traced.
@@ -98,9 +98,10 @@ class _Recorded:
             return graph
 
     def _is_for(self, objective: Objective, parameters: Parameters) -> bool:
-        # by rule on a CPU alone, on which it has been measured
-        slow = parameters.device.type == "cpu" and any(isinstance(m, _SLOW) for m in objective.module.modules())
-        return slow or not self._by_rule
+        if not self._by_rule:
+            return True
+        gains = parameters.device.type == "cpu" or self._kind is GaussNewtonGraph  # as measured
+        return gains and any(isinstance(m, _SLOW) for m in objective.module.modules())
 
     def _recording_for(
         self, objective: Objective, parameters: Parameters, batch: Any, data: Sequence[Tensor]
