@@ -23,6 +23,12 @@ def pass_on(number: int, _: object) -> None:
     raise SignalException(f"the launcher got {signal.Signals(number).name}", signal.Signals(number))
 
 
+def apart(arguments: list[str]) -> list[str]:
+    """With ``--`` ahead of the module, lest torchrun take its --monitor for a short form of --monitor-interval."""
+    at = arguments.index("-m") + 1 if "-m" in arguments else len(arguments)
+    return [*arguments[:at], "--", *arguments[at:]] if arguments[at : at + 1] not in ([], ["--"]) else arguments
+
+
 def launch(arguments: list[str]) -> int:
     """Run torchrun; the exit code."""
     signal.signal(signal.SIGUSR2, pass_on)
@@ -30,7 +36,7 @@ def launch(arguments: list[str]) -> int:
         told = Path(folder, "exit-code")
         os.environ["DHF_EXIT_CODE_FILE"] = str(told)
         try:
-            main(arguments)
+            main(apart(arguments))
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
             if failure.exitcode >= 0:

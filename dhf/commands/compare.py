@@ -6,7 +6,7 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from dhf.commands.arguments import command_parser, require_matplotlib, run_command, writable_folder
 from dhf.errors import UsageError
@@ -30,11 +30,19 @@ By default the losses are the least of each run. Seconds are those in steps: wit
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the table, and the paths of the pictures; returns the exit code (0 done, 2 usage)."""
     parser = command_parser("compare", "RUN RUN [RUN ...] [--losses X,Y] [--output FOLDER]", _DESCRIPTION, _EPILOG)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="directory of a run")
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="directory of a run")
     parser.add_argument("--losses", metavar="X,Y", help="losses to be reached")
     parser.add_argument("--output", metavar="FOLDER", help="draw pictures, into this folder")
-    parser.add_argument("--theme", choices=["light", "dark", "both"], default="light", help="ground of the pictures")
-    parser.add_argument("--format", choices=["png", "svg", "both"], default="png", help="of the files")
+    parser.add_argument(
+        "--theme",
+        type=Literal["light", "dark", "both"],
+        metavar="{light,dark,both}",
+        default="light",
+        help="ground of the pictures",
+    )
+    parser.add_argument(
+        "--format", type=Literal["png", "svg", "both"], metavar="{png,svg,both}", default="png", help="of the files"
+    )
     return run_command(parser, argv, _compare)
 
 

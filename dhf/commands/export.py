@@ -6,7 +6,7 @@ import csv
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 from dhf.commands.arguments import command_parser, run_command
 from dhf.errors import UsageError
@@ -30,8 +30,10 @@ Lists have a column for each rank: own_seconds.0, own_seconds.1. What a step doe
 def main(argv: Sequence[str] | None = None) -> int:
     """Write, and print the paths of what was written; returns the exit code (0 done, 2 usage)."""
     parser = command_parser("export", "RUN [RUN ...] [--to csv|tensorboard]", _DESCRIPTION, _EPILOG)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="directory of a run")
-    parser.add_argument("--to", choices=["csv", "tensorboard"], default="csv", help="format")
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="directory of a run")
+    parser.add_argument(
+        "--to", type=Literal["csv", "tensorboard"], metavar="{csv,tensorboard}", default="csv", help="format"
+    )
     parser.add_argument("--solves", action="store_true", help="the histories of recorded solves in place of the steps")
     parser.add_argument(
         "--output", metavar="PATH", help="file or folder to write, - for stdout; within the run by default"
@@ -42,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _export(args: Any) -> None:
     from dhf.run.records import read_run
 
+    if not args.runs:
+        raise UsageError("there is nothing to export; give the directory of a run")
     if args.output is not None and len(args.runs) > 1:
         raise UsageError("--output is for one run; leave it out, and each run gets its own")
     if args.to == "tensorboard" and (args.solves or args.output == "-"):

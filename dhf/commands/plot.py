@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from dhf.commands.arguments import (
     command_parser,
@@ -43,8 +43,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--output", metavar="FOLDER", help="where pictures go; plots in the run, or in this folder for several runs"
     )
-    parser.add_argument("--theme", choices=["light", "dark", "both"], default="light", help="ground of the pictures")
-    parser.add_argument("--format", choices=["png", "svg", "both"], default="png", help="of the files")
+    parser.add_argument(
+        "--theme",
+        type=Literal["light", "dark", "both"],
+        metavar="{light,dark,both}",
+        default="light",
+        help="ground of the pictures",
+    )
+    parser.add_argument(
+        "--format", type=Literal["png", "svg", "both"], metavar="{png,svg,both}", default="png", help="of the files"
+    )
     parser.add_argument(
         "--solves", metavar="STEPS", help="steps whose solves are drawn, 1,5,10 say; all that are recorded"
     )

@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
-from torch.utils.data import Dataset, Subset, TensorDataset
 
 from dhf.comm import Communicator
 from dhf.coordinator import Coordinator
@@ -26,6 +25,7 @@ from dhf.errors import CommunicationError, UsageError
 from dhf.optim import HessianFree
 from dhf.parameters import Parameters
 from dhf.problems import Problem, Shard
+from dhf.problems.data import as_data, some_of
 from dhf.run.assembly import Parts, assemble
 from dhf.run.config import Config
 from dhf.run.preflight import require_same_problem
@@ -142,15 +142,10 @@ def _describe(section: Section, parts: Parts, config: Config, comm: Communicator
 
 def _few(problem: Problem, comm: Communicator, seed: int, dtype: torch.dtype) -> tuple[Any, tuple[Any, Any]]:
     """The first samples of the data, the same on every rank: as one batch, and as two halves."""
-    data: Any = problem.train
-    if isinstance(data, (tuple, list)):
-        data = TensorDataset(*data)
-    number = min(_FEW, len(data))
-    some: Dataset[Any] = Subset(data, range(number))
-    if isinstance(data, TensorDataset):
-        some = TensorDataset(*(t[:number] for t in data.tensors))
+    number = min(_FEW, len(as_data(problem.train)))
+    some = some_of(problem.train, range(number))
     make = functools.partial(Shard, some, 0, 1, device=comm.device, dtype=dtype, seed=seed)
-    whole = make().batches(0)[0]
+    whole = make(micro_batch_size=number).batches(0)[0]
     parts = make(micro_batch_size=-(-number // 2)).batches(0)
     return whole, (parts[0], parts[-1])
 

@@ -70,6 +70,7 @@ class _Differences:
         self._scale = max(1.0, float(torch.linalg.vector_norm(self._theta)))
 
     def look(self) -> None:
+        """Compare everything, and tell it in the section."""
         with self._open(Hessian if self._hessian else GaussNewton) as A:
             g = A.gradient
             u = torch.randn(g.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(g)

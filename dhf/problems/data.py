@@ -21,6 +21,7 @@ from torch.utils.data import (
     IterableDataset,
     RandomSampler,
     SequentialSampler,
+    Subset,
     TensorDataset,
     default_collate,
 )
@@ -29,7 +30,7 @@ from dhf.byte_size import bytes_in_words
 from dhf.errors import UsageError
 from dhf.memory import available_memory
 
-__all__ = ["Data", "Samples", "as_data"]
+__all__ = ["Data", "Samples", "as_data", "some_of"]
 
 Samples = Dataset[Any] | Sequence[Any]  # with len() and []
 
@@ -75,6 +76,15 @@ def as_data(given: Any) -> Data:
             raise UsageError("data given as a tuple must be tensors with one leading dimension")
         return Data(TensorDataset(*given))
     return Data(_by_index(given))
+
+
+def some_of(given: Any, numbers: Sequence[int]) -> Data:
+    """The samples of these numbers, batched as the whole is; arguments and errors as :func:`as_data`."""
+    data = as_data(given)
+    if isinstance(data.samples, TensorDataset):
+        chosen = torch.as_tensor(numbers, dtype=torch.long)
+        return dataclasses.replace(data, samples=TensorDataset(*(t[chosen] for t in data.samples.tensors)))
+    return dataclasses.replace(data, samples=Subset(data.samples, numbers))  # type: ignore[arg-type]
 
 
 def _of_loader(loader: DataLoader[Any]) -> Data:

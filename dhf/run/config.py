@@ -42,6 +42,8 @@ phases: each has steps, and may have an optimizer, time_budget (seconds; it ends
 micro_batch_size, learning_rate and any setting of Hessian-free. What a phase leaves out is what is given outside the
 list. Each starts its optimizer anew where the last one has left the parameters; steps are counted through all of them.
 
+torchrun takes --monitor for its own --monitor-interval, unless told where its flags end: torchrun ... -m -- dhf.train.
+
 exit codes: 0 done, 2 usage, 3 diverged, 4 target not reached (with --error-if-not-converged), 5 communication or rank
 failure, 75 stopped after a checkpoint by a signal, or for the end of a SLURM job. torchrun turns all but 0 into 1;
 result.json, of a run that has started, keeps the code.

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from dhf.errors import CommunicationError, UsageError
 from dhf.run.config import Config
-from dhf.run.outcome import EXIT_RANKS, EXIT_USAGE, SHARED, exit_code, explain, reason_of, speaker
+from dhf.run.outcome import EXIT_DONE, EXIT_RANKS, EXIT_USAGE, SHARED, exit_code, explain, reason_of, speaker
 from dhf.run.signals import StopSignals
 
 if TYPE_CHECKING:
@@ -85,6 +85,10 @@ def _end_together(comm: Communicator, stop: StopSignals, work: Callable[[], int]
     failure: Exception | None = None
     try:
         code = work()
+    except BrokenPipeError as error:
+        # who has read the output has seen enough; Python would complain once more when it flushes
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        failure, code = (None, EXIT_DONE) if comm.size == 1 else (error, EXIT_RANKS)
     except Exception as error:
         failure, code = error, exit_code(reason_of(error, at_start=True))
     together = failure is None or comm.size == 1 or isinstance(failure, SHARED)

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, Subset, TensorDataset
 
 from dhf.coordinator import Coordinator
 from dhf.errors import UsageError
@@ -19,6 +18,7 @@ from dhf.optim import HessianFree
 from dhf.optim.choices import make_preconditioner
 from dhf.parameters import Parameters
 from dhf.problems import Shard
+from dhf.problems.data import some_of
 from dhf.run.point import Point
 from dhf.run.solving import patterns
 from dhf.solvers import Solution
@@ -111,7 +111,7 @@ def score_queries(point: Point, asked: Asked, coordinator: Coordinator) -> Score
     assert isinstance(optimizer, HessianFree)
     data = point.parts.problem.validation if asked.held_out else point.parts.problem.train
     shard = functools.partial(Shard, device=comm.device, dtype=Parameters(objective.module).dtype, micro_batch_size=1)
-    queries = coordinator.attempt(lambda: shard(_some(data, asked.queries), 0, 1).batches(0))
+    queries = coordinator.attempt(lambda: shard(some_of(data, asked.queries), 0, 1).batches(0))
     batches = coordinator.attempt(lambda: point.train.batches(0))
     found = influence(
         objective,
@@ -131,12 +131,6 @@ def score_queries(point: Point, asked: Asked, coordinator: Coordinator) -> Score
     scores = np.concatenate(comm.gather_objects(found.scores.numpy()), axis=1)
     losses = coordinator.attempt(lambda: [_loss(point, batch) for batch in queries])
     return Scores(asked.queries, losses, scores, found.solutions)
-
-
-def _some(data: Any, numbers: list[int]) -> Dataset[Any]:
-    if isinstance(data, (tuple, list)):
-        return TensorDataset(*(t[torch.tensor(numbers)] for t in data))
-    return Subset(data, numbers)
 
 
 def _loss(point: Point, batch: Any) -> float:

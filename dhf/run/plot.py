@@ -90,13 +90,14 @@ def draw_residuals(runs: Sequence[RunRecord], theme: Theme, steps: Sequence[int]
     if not kept:
         return None
     figure = Figure(figsize=(6.4 * len(kept), 4.2), layout="constrained")
-    colours = matplotlib.colormaps[theme.sequence]
+    colours, shown = matplotlib.colormaps[theme.sequence], list[float]()
     for axis, (run, solves) in zip(figure.subplots(1, len(kept), sharey=True, squeeze=False)[0], kept, strict=True):
         for i, solve in enumerate(solves):
             share = i / max(len(solves) - 1, 1)
             colour = colours(theme.sequence_from + share * (theme.sequence_to - theme.sequence_from))
             scale = solve.get("right_hand_side_norm") or 1.0
             residuals = [math.nan if r is None else r / scale for r in solve["residual_norm"]]
+            shown += residuals
             label = f"step {solve['step']}: {_words(solve['reason'])}"
             axis.plot(solve["iteration"], residuals, color=colour, label=label, dashes=theme.dash(i), gid="residual")
             true = solve.get("true_residual_norm")
@@ -110,7 +111,7 @@ def draw_residuals(runs: Sequence[RunRecord], theme: Theme, steps: Sequence[int]
         axis.grid(True)
         axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
         axis.label_outer()
-    _logarithmic(figure.axes[0], [y for axis in figure.axes for line in axis.lines for y in line.get_ydata()])
+    _logarithmic(figure.axes[0], shown)
     figure.axes[0].set_ylabel("residual norm / norm of the right-hand side")
     return figure
 

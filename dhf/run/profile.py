@@ -80,8 +80,8 @@ class ProfileTotals:
         if not self._steps:
             return []
         found, size = self.summary(seconds), self.coordinator.comm.size
-        slowest = f"{'slowest rank':>19}" if size > 1 else ""
-        lines = [f"{'profile':<26}{'seconds':>10}{'a step':>12}{'share':>8}{slowest}"]
+        most = f"{'most, by rank':>19}" if size > 1 else ""
+        lines = [f"{'profile':<26}{'seconds':>10}{'a step':>12}{'share':>8}{most}"]
         for name, phase in found["phases"].items():
             if phase["most"]:
                 which = f"{phase['most']:.3f} (rank {phase['slowest_rank']})" if size > 1 else ""

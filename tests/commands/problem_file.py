@@ -13,7 +13,9 @@ FILE = """
 import os
 import torch, dhf
 
-def build(samples: int = 13, width: int = 4, loss: str = "cross_entropy", fault: str = "") -> dhf.Problem:
+def build(
+    samples: int = 13, width: int = 4, loss: str = "cross_entropy", fault: str = "", form: str = "tensors"
+) -> dhf.Problem:
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(samples, 3, generator=generator, dtype=torch.float64)
     module = torch.nn.Sequential(torch.nn.Linear(3, width), torch.nn.Tanh(), torch.nn.Linear(width, 2))
@@ -23,7 +25,12 @@ def build(samples: int = 13, width: int = 4, loss: str = "cross_entropy", fault:
     if fault == "one-rank" and os.environ.get("RANK") == "1":
         raise OSError("this host has no such disk")
     loss = torch.nn.MSELoss() if loss == "mse" else torch.nn.CrossEntropyLoss()
-    return dhf.Problem(dhf.Objective(module, loss), (x, y), validation=(x[:4] + 0.5, y[:4]), dtype="float64")
+    train, held_out = (x, y), (x[:4] + 0.5, y[:4])
+    if form == "loader":
+        train, held_out = (torch.utils.data.DataLoader(list(zip(*data)), batch_size=3) for data in (train, held_out))
+    if form == "list":
+        train, held_out = list(zip(*train)), list(zip(*held_out))
+    return dhf.Problem(dhf.Objective(module, loss), train, validation=held_out, dtype="float64")
 """
 
 

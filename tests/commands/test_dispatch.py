@@ -61,6 +61,20 @@ def test_no_command_is_a_call_for_help(capsys):
     assert "usage: python -m dhf COMMAND" in capsys.readouterr().out
 
 
+def test_a_reader_that_leaves_early_is_no_failure():
+    """As ``| head`` does."""
+    started = subprocess.Popen(
+        [sys.executable, "-m", "dhf", "doctor", "--threads", "1"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    started.stdout.close()
+    with started.stderr:
+        complaints = started.stderr.read()
+    assert (started.wait(60), complaints) == (0, "")
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [

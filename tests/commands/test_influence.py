@@ -45,9 +45,12 @@ def held_out(data):
     return data[0][:4] + 0.5, data[1][:4]
 
 
-@pytest.mark.parametrize("curvature", ["ggn", "hessian"])
-def test_scores_are_those_of_dense_solves(influence, curvature):
-    flags = ("--problem", "mine.py:build", "--queries", "0,2-3", "--curvature", curvature, "--micro-batch-size", "5")
+@pytest.mark.parametrize(
+    ("curvature", "form"), [("ggn", "tensors"), ("hessian", "tensors"), ("ggn", "loader"), ("ggn", "list")]
+)
+def test_scores_are_those_of_dense_solves(influence, curvature, form):
+    flags = ["--problem", "mine.py:build", "--queries", "0,2-3", "--curvature", curvature, "--options.form", form]
+    flags += ["--micro-batch-size", "5"] if form == "tensors" else []
     assert influence(*flags, "--output", "scores.npy") == 0
     module, data = built()
     truth = dense_scores(module, data, [t[[0, 2, 3]] for t in held_out(data)], curvature)

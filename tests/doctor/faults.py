@@ -153,6 +153,31 @@ def slope(careful: bool = False) -> dhf.Problem:
     return dhf.Problem((CarefulSlope if careful else Slope)(body), (x,), dtype="float64")
 
 
+class OfDictionaries(dhf.Objective):
+    """Batches as Hugging Face makes them, by a collate function of the user's."""
+
+    def outputs(self, batch):
+        return self.module(batch["input"])
+
+    def loss(self, outputs, batch):
+        return F.cross_entropy(outputs, batch["label"])
+
+    def count(self, batch):
+        return len(batch["label"])
+
+
+def dictionaries() -> dhf.Problem:
+    generator = torch.Generator().manual_seed(3)
+    samples = [(torch.randn(4, generator=generator), i % 3) for i in range(11)]
+
+    def collate(chosen):
+        inputs, labels = zip(*chosen, strict=True)
+        return {"input": torch.stack(inputs), "label": torch.tensor(labels)}
+
+    body = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3))
+    return dhf.Problem(OfDictionaries(body), torch.utils.data.DataLoader(samples, batch_size=4, collate_fn=collate))
+
+
 def build(fault: str = "") -> dhf.Problem:
     generator = torch.Generator().manual_seed(1)
     shape = (12, 4, 4) if fault in ("flash", "attention", "lstm", "gru") else (12, 4)

@@ -102,6 +102,14 @@ def test_what_has_no_fault_is_ready(capsys, fault):
     assert "\x1b" not in out
 
 
+def test_batches_of_a_loader_are_looked_at_as_it_makes_them(capsys):
+    code, findings, answer = look(capsys, None, "--problem", f"{FAULTS}:dictionaries")
+    assert (code, [f for f in findings if f["severity"] != "note"]) == (0, [])
+    facts = {f["label"]: f["text"] for section in answer["sections"] for f in section["facts"]}
+    assert facts["mean over samples"].startswith("yes")
+    assert facts["samples"] == "11 a step of 11; 11 per rank"
+
+
 @pytest.mark.parametrize("fault", ["gru", "lstm"])
 def test_recurrent_layers_are_told_of_cudnn_and_remain_usable(capsys, fault):
     code, findings, _ = look(capsys, fault)
