@@ -147,7 +147,7 @@ def test_residuals_of_a_solve_are_relative_to_the_gradient(folder: Path) -> None
 
 @pytest.mark.parametrize(
     ("chosen", "steps"),
-    [("auto", [1, 2, 5]), ("none", []), ("all", [1, 2, 3, 4, 5, 6]), ("4,2", [2, 4])],
+    [("auto", [1, 2, 5]), ("none", []), ("3", [3]), ("all", [1, 2, 3, 4, 5, 6]), ("4,2", [2, 4])],
 )
 def test_chosen_solves_are_recorded_and_survive_a_resume(
     folder: Path, chosen: str, steps: list[int], monkeypatch: pytest.MonkeyPatch
