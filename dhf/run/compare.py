@@ -84,7 +84,7 @@ def levels_of(runs: Sequence[RunRecord]) -> list[float]:
 
 
 def differences(runs: Sequence[RunRecord]) -> dict[str, list[str]]:
-    """The settings that are not the same in all runs, with each one's value."""
+    """The settings that are not the same in all runs that tell them, with each one's value."""
     known = [run.config for run in runs]
     names = dict.fromkeys(name for config in known for name in config if name not in (*_APART, *_WATCHING))
     found: dict[str, list[str]] = {}
@@ -96,7 +96,8 @@ def differences(runs: Sequence[RunRecord]) -> dict[str, list[str]]:
         else:
             inner = {name: values}
         for key, each in inner.items():
-            if any(value != each[0] for value in each):
+            told = [value for config, value in zip(known, each, strict=True) if name in config]
+            if any(value != told[0] for value in told):
                 found[key] = [_text(value) for value in each]
     return found
 

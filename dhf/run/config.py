@@ -148,7 +148,7 @@ class Config:
     profile: bool = _watch(False, "measure where each step's time goes, by phase and rank; a GPU is then waited for")
     record_solves: int | str = _watch(
         "auto",
-        "steps whose solves leave their residuals in solves.jsonl: 1,5,10; all; none; auto is 1, 2, 5, 10, 20, ...",
+        "steps whose solves leave their residuals in solves.jsonl: 1,5,10; all; none; auto is 1, 2, 5, 10, ... of each phase",
     )
     tensorboard: bool = _watch(False, "write events for TensorBoard into the run directory, too")
 

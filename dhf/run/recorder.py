@@ -28,10 +28,10 @@ class Recorder:
         self._directory, self._chosen, self._say = directory, str(config.record_solves), say
         self._events = Events(directory.events, first_step) if config.tensorboard else None
 
-    def step(self, row: dict[str, Any], report: StepReport) -> None:
-        """One step: its metrics, those of the problem included, and what it reports."""
+    def step(self, row: dict[str, Any], report: StepReport, phase_began: int = 0) -> None:
+        """One step: its metrics, those of the problem included, and what it reports; its phase began after so many steps."""
         self._write("metrics", lambda: self._directory.append(row))
-        if report.solve is not None and report.products and is_chosen(self._chosen, row["step"]):
+        if report.solve is not None and report.products and is_chosen(self._chosen, row["step"], phase_began):
             solve = solve_row(row["step"], report)
             self._write("solves", lambda: self._directory.append_solve(solve))
         if self._events is not None:

@@ -252,7 +252,7 @@ class Trainer:
 
     def _show(self, row: dict[str, Any], extra: dict[str, float], report: StepReport) -> None:
         if self.recorder is not None:  # on the rank that leads
-            self.recorder.step({**row, **extra}, report)
+            self.recorder.step({**row, **extra}, report, self.schedule.first_step)
             self.monitor.step(row, extra)
 
     def _found_in_the_data(self, places: Mapping[int, NonFinite | None], step: int) -> str:

@@ -279,6 +279,7 @@ def test_settings_that_differ_are_those_of_the_computation() -> None:
         "options.width": ["5", "7"],
         "options.depth": ["-", "2"],
     }
+    assert differences([record("untold", [1.0]), one]) == {}
 
 
 def test_compare_prints_the_table_and_draws(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

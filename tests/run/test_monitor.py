@@ -164,6 +164,13 @@ def test_chosen_solves_are_recorded_and_survive_a_resume(
     assert read(Path("parts/solves.jsonl")) == read(Path("whole/solves.jsonl"))
 
 
+def test_solves_are_chosen_in_each_phase(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dhf.run.closing.draw_run", lambda run, path: path)
+    phases = "[{optimizer: adam, steps: 3}, {optimizer: hf, solver: cg, steps: 5}]"
+    assert main(["--problem", "mine.py:build", "--phases", phases, "--run-dir", "run"]) == 0
+    assert [solve["step"] for solve in read(Path("run/solves.jsonl"))] == [4, 5, 8]
+
+
 def test_a_run_is_overwritten_with_all_it_has_recorded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dhf.run.closing.draw_run", lambda run, path: path)
     assert main([*FLAGS, "--run-dir", "run"]) == 0
