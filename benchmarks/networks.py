@@ -23,10 +23,12 @@ class Case(NamedTuple):
     targets: Tensor
     loss: nn.Module
 
-    def to(self, dtype: torch.dtype) -> Case:
-        """The same numbers in another floating-point format, on a copy of the module."""
-        inputs, targets = (t.to(dtype) if t.is_floating_point() else t for t in (self.inputs, self.targets))
-        return Case(copy.deepcopy(self.module).to(dtype), inputs, targets, self.loss)
+    def to(self, dtype: torch.dtype, device: torch.device | str | None = None) -> Case:
+        """The same numbers in another floating-point format, or on another device, on a copy of the module."""
+        inputs, targets = (
+            t.to(device, dtype if t.is_floating_point() else t.dtype) for t in (self.inputs, self.targets)
+        )
+        return Case(copy.deepcopy(self.module).to(device, dtype), inputs, targets, self.loss)
 
 
 def autoencoder(widths: tuple[int, ...], batch: int) -> Case:

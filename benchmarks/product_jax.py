@@ -6,6 +6,7 @@ Everything is jitted: the build returns the linearized gradient (or outputs) wit
 from __future__ import annotations
 
 import math
+import os
 import weakref
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -26,14 +27,16 @@ Model = Callable[[Parameters, Any], Any]
 
 def jax_linearize(case: Case, matrix: str) -> Product:
     """``jax.linearize``, jitted: of the gradient for the Hessian, of the outputs for Gauss-Newton."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a GPU's memory is not its own here
     try:
         jax = import_module("jax")
     except ImportError as error:
         raise Unavailable(f"{error.name or 'jax'} cannot be imported here: {error}") from error
     jax.config.update("jax_enable_x64", True)
+    jax.config.update("jax_default_matmul_precision", "highest")  # as torch; a GPU would take TF32 otherwise
     pieces = Pieces(case.module)
-    parameters = [jax.numpy.asarray(p.detach().numpy()) for p in pieces.tensors]
-    x, y = (jax.numpy.asarray(t.numpy()) for t in (case.inputs, case.targets))
+    parameters = [jax.numpy.asarray(p.detach().cpu().numpy()) for p in pieces.tensors]
+    x, y = (jax.numpy.asarray(t.cpu().numpy()) for t in (case.inputs, case.targets))
     model, loss = _model(case.module), _loss(case.loss)
 
     def build(parameters: Parameters, x: Any, y: Any) -> Any:
@@ -59,8 +62,8 @@ def jax_linearize(case: Case, matrix: str) -> Product:
 
     return Product(
         lambda v: jax.block_until_ready(product(kept, v)),
-        lambda v: [jax.numpy.asarray(piece.numpy()) for piece in pieces.split(v)],
-        lambda result: pieces.join([torch.from_numpy(np.array(piece)) for piece in result]),
+        lambda v: [jax.numpy.asarray(piece.cpu().numpy()) for piece in pieces.split(v)],
+        lambda result: pieces.join([torch.from_numpy(np.array(piece)).to(case.inputs.device) for piece in result]),
         memory=memory,
     )
 

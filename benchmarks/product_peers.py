@@ -47,7 +47,7 @@ def pyhessian(case: Case, matrix: str) -> Product:
     package, parts = _installed("pyhessian"), import_module("pyhessian.utils")
     training = case.module.training
     pieces = Pieces(without_idle(case).module)
-    kept = package.hessian(case.module, case.loss, data=(case.inputs, case.targets), cuda=False)
+    kept = package.hessian(case.module, case.loss, data=(case.inputs, case.targets), cuda=case.inputs.is_cuda)
     case.module.train(training)
 
     def close() -> None:

@@ -1,6 +1,7 @@
 """What a curvature product costs, by dhf and by what else offers one: time, build, memory, error, and what compiling repays.
 
     python benchmarks/products.py [--cases "deep autoencoder,PINN"] [--dtype float32] [--contenders NAMES] [--quick]
+    python benchmarks/products.py --device cuda   # on a GPU, in seconds on the clock, on as many threads as there are
     python benchmarks/products.py --report        # writes page and picture again, from the numbers on disk
 
 All contenders of a network are timed in turn in one process on one core, in its CPU seconds, on one batch, each with vectors
@@ -8,7 +9,8 @@ in its own form and the whole of its per-call work. g is one gradient (forward a
 must agree, on two vectors, with a float64 product by double backward. Attention uses the MATH kernel, which alone has second
 derivatives.
 
-What compiling costs is taken in processes of its own, with an empty cache and with a full one.
+On a CPU, what compiling costs is taken in processes of its own, with an empty cache and with a full one. On a GPU, convolutions
+take no TF32, and recurrent layers no cuDNN, which has no second derivatives.
 
 The numbers of a network and dtype replace those on disk; all others are kept.
 """
@@ -40,16 +42,18 @@ from networks import Case, autoencoder, cases, recurrent_cases
 from product import GAUSS_NEWTON, HESSIAN, Product, Unavailable
 from product_jax import jax_linearize
 from product_peers import backpack, curvlinops, pyhessian, torchmin
-from product_torch import compiled, functional, kept_vjp, naive, retained, traced
+from product_torch import compiled, functional, kept_vjp, launched, naive, retained, traced
 from products_report import write_report
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 _COMPILED = "dhf compiled"
+_CPU = torch.device("cpu")
 MATRICES = (HESSIAN, GAUSS_NEWTON)
 CONTENDERS: dict[str, Callable[[Case, str], Product]] = {
     "rebuilt": naive,
     "dhf retained": retained,
+    "dhf retained, launched": launched,
     "dhf traced": traced,
     _COMPILED: compiled,
     "curvlinops": curvlinops,
@@ -67,8 +71,8 @@ NETWORKS = cases() | recurrent_cases()
 SMALL = {"tiny autoencoder": lambda: autoencoder((12, 8, 4, 8, 12), 16)}
 
 
-def subject(name: str, dtype: str) -> tuple[Case, list[Tensor], dict[str, list[Tensor]]]:
-    """A network at its point, two vectors, and the products with them in float64."""
+def subject(name: str, dtype: str, device: torch.device = _CPU) -> tuple[Case, list[Tensor], dict[str, list[Tensor]]]:
+    """A network at its point, two vectors, and the products with them in float64 on a CPU."""
     torch.manual_seed(0)
     case = (NETWORKS | SMALL)[name]()
     vectors = [torch.randn(sum(p.numel() for p in case.module.parameters())) for _ in range(2)]
@@ -76,9 +80,10 @@ def subject(name: str, dtype: str) -> tuple[Case, list[Tensor], dict[str, list[T
     references = {}
     for matrix in MATRICES:
         product = naive(exact, matrix)
-        references[matrix] = [product.flatten(product.multiply(product.prepare(v.double()))) for v in vectors]
+        results = [product.flatten(product.multiply(product.prepare(v.double()))) for v in vectors]
+        references[matrix] = [result.to(device) for result in results]
     kind = getattr(torch, dtype)
-    return case.to(kind), [v.to(kind) for v in vectors], references
+    return case.to(kind, device), [v.to(device, kind) for v in vectors], references
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,11 +96,16 @@ class Entrant:
 
 
 def measure(
-    name: str, dtype: str, contenders: list[str], rounds: int, refused: dict[tuple[str, str], str]
+    name: str,
+    dtype: str,
+    device: torch.device,
+    contenders: list[str],
+    rounds: int,
+    refused: dict[tuple[str, str], str],
 ) -> dict[str, Any]:
     """All numbers of one network in one dtype; ``refused`` says why a contender is not to be tried with a matrix."""
-    case, vectors, references = subject(name, dtype)
-    device, tensors = torch.device("cpu"), list(case.module.parameters())
+    case, vectors, references = subject(name, dtype, device)
+    tensors = list(case.module.parameters())
     found: dict[str, dict[str, dict[str, Any]]] = {who: {m: {} for m in MATRICES} for who in contenders}
     entrants: dict[tuple[str, str], Entrant] = {}
     for who in contenders:
@@ -114,7 +124,8 @@ def measure(
 
     products = {key: functools.partial(e.product.multiply, e.v) for key, e in entrants.items()}
     # CPU seconds of all threads, which one core holds: what other processes take meanwhile is not counted
-    timed = functools.partial(interleave, device=device, clock=time.process_time)
+    clock = time.process_time if device.type == "cpu" else time.perf_counter
+    timed = functools.partial(interleave, device=device, clock=clock)
     times = timed({"g": gradient, **products}, rounds=rounds)
     for entrant in entrants.values():
         entrant.product.close()
@@ -126,7 +137,8 @@ def measure(
     for (who, matrix), build in builds.items():
         entry = found[who][matrix]
         entry["seconds"], entry["build_seconds"] = times[who, matrix], build_times[who, matrix]
-        entry["held"], entry["peak"] = _memory(build.args[0], vectors[0])
+        if device.type == "cpu":
+            entry["held"], entry["peak"] = _memory(build.args[0], vectors[0])
     return {
         "environment": environment(device),
         "versions": versions(),
@@ -154,6 +166,9 @@ def _check(
         product = build()
         product.multiply(product.prepare(vectors[0]))
         entry["first_seconds"] = time.perf_counter() - began  # with whatever is done once per process
+        began = time.perf_counter()
+        product.multiply(product.prepare(vectors[0]))
+        entry["second_seconds"] = time.perf_counter() - began  # with whatever is done at the second product
         results = [product.flatten(product.multiply(product.prepare(v))).double() for v in vectors]
     except Unavailable as reason:
         entry["unavailable"] = str(reason)
@@ -263,8 +278,10 @@ def versions() -> dict[str, str | None]:
 def main() -> None:
     """Measure what is asked for, and write the page."""
     arguments = _arguments()
-    torch.set_num_threads(1)
+    if arguments.device == "cpu":
+        torch.set_num_threads(1)
     warnings.filterwarnings("ignore", message=r"Using backward\(\) with create_graph")  # which is PyHessian's way
+    torch.backends.cudnn.allow_tf32 = False
     with sdpa_kernel(SDPBackend.MATH):
         if arguments.compile_once:
             print(json.dumps(compile_once(*arguments.compile_once)))
@@ -285,12 +302,15 @@ def main() -> None:
 def _subject_entry(name: str, dtype: str, arguments: argparse.Namespace, cache: str) -> dict[str, Any]:
     """The numbers of one network and dtype, those of compiling first, so that what takes too long is left out."""
     compiling: dict[str, dict[str, Any]] = {}
-    if _COMPILED in arguments.contenders:
+    device = torch.device(arguments.device)
+    recurrent = name in recurrent_cases()
+    if _COMPILED in arguments.contenders and device.type == "cpu":
         compiling = {m: compile_seconds(name, dtype, m, cache, arguments.compile_limit) for m in MATRICES}
     refused = {(_COMPILED, m): found["refused"] for m, found in compiling.items() if "refused" in found}
-    with on_one_core():
-        rounds = 3 if arguments.quick else arguments.rounds
-        entry = measure(name, dtype, arguments.contenders, rounds, refused)
+    rounds = 3 if arguments.quick else arguments.rounds
+    on_core = on_one_core() if device.type == "cpu" else contextlib.nullcontext()
+    with on_core, torch.backends.cudnn.flags(enabled=not recurrent, allow_tf32=False):
+        entry = measure(name, dtype, device, arguments.contenders, rounds, refused)
     entry["compile_seconds"] = {m: found for m, found in compiling.items() if "refused" not in found}
     return entry
 
@@ -323,10 +343,13 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--compile-limit", type=float, default=300.0, help="seconds after which a compilation is given up"
     )
-    parser.add_argument("--output", type=Path, default=RESULTS / "products-cpu.json", help="JSON file, kept up to date")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--output", type=Path, help="JSON file, kept up to date (default results/products-DEVICE.json)")
     parser.add_argument("--report", action="store_true", help="run nothing; write page and picture from the JSON file")
     parser.add_argument("--compile-once", nargs=3, help=argparse.SUPPRESS)
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    arguments.output = arguments.output or RESULTS / f"products-{arguments.device}.json"
+    return arguments
 
 
 if __name__ == "__main__":

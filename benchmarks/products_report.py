@@ -13,9 +13,11 @@ _MATRICES = ("Hessian", "Gauss-Newton")
 _OWN = {how: f"dhf {how}" for how in ("retained", "traced", "compiled")}
 _RETAINED, _COMPILED = _OWN["retained"], _OWN["compiled"]
 # what is neither dhf nor a package of its own for PyTorch
-_NO_PEERS = (*_OWN.values(), "rebuilt", "JAX")
+_LAUNCHED = "dhf retained, launched"
+_NO_PEERS = (*_OWN.values(), _LAUNCHED, "rebuilt", "JAX")
 _COLOURS = {
     "rebuilt": "#adb5bd",
+    _LAUNCHED: "#6c757d",
     _RETAINED: "#c1121f",
     _OWN["traced"]: "#e85d04",
     _COMPILED: "#f9a66c",
@@ -31,14 +33,14 @@ _COLOURS = {
 _LONGEST = 6.0
 _HEAD = """# What a curvature product costs
 
-Written from `{file}` by `python benchmarks/products.py --report`.
+Written from `{file}` by `python benchmarks/products.py --report{flag}`.
 
 Times are in g, one gradient (forward and backward, eager) of the same network and batch in the same turn; medians over rounds,
-with quartiles in brackets. All contenders of a network are timed in turn in one process on one core, in its CPU seconds, each on
+with quartiles in brackets. All contenders of a network are timed in turn in one process {where}, each on
 one batch, with vectors in its own form and the whole of its per-call work. "ahead by" is the time of the fastest other package
 for PyTorch (torch.func included, JAX not) over dhf's, round by round: **below 1 dhf is slower**. A build is what each new point
-costs once, freeing what is kept included. MB are those of torch's own allocations: held between products, and at the peak of the
-first one. The error is the largest of two vectors, in the maximum norm, against double backward in float64.
+costs once, freeing what is kept included. {extra}
+The error is the largest of two vectors, in the maximum norm, against double backward in float64.
 
 - **rebuilt**: double backward as one writes it first, the graph built and thrown away each time.
 - **dhf retained**, **traced**, **compiled**: `dhf.Hessian` and `dhf.GaussNewton`, as solvers call them, by what is given as
@@ -60,17 +62,27 @@ loss does not depend on (the network's last bias); it is frozen for them.
 """
 
 
+_WHERE = ("on one core, in its CPU seconds", "on one GPU, by the clock, each until the device has finished")
+_EXTRA = (
+    "MB are those of torch's own allocations: held between products, and at the peak of the first one.",
+    "dhf records a product when it is taken for the second time at a point, and replays it from then on; **second** is what that "
+    "one costs, and **launched** is dhf without.",
+)
+
+
 def write_report(numbers: Path) -> list[Path]:
     """Write the page and the picture beside the JSON file; returns their paths."""
     subjects = json.loads(numbers.read_text())["subjects"]
-    page = numbers.with_name("products.md")
-    lines = [_HEAD.format(file=numbers.name)]
+    page = numbers.with_name(f"{numbers.stem.removesuffix('-cpu')}.md")
+    on_gpu = numbers.stem.endswith("-cuda")
+    flag = " --device cuda" if on_gpu else ""
+    lines = [_HEAD.format(file=numbers.name, flag=flag, where=_WHERE[on_gpu], extra=_EXTRA[on_gpu])]
     for dtype in ("float32", "float64"):
         measured = {name: by_dtype[dtype] for name, by_dtype in subjects.items() if dtype in by_dtype}
         if measured:
             lines += [f"## {dtype}", "", *_summary(measured), ""]
             if dtype == "float32":
-                lines += ["![Gauss-Newton and Hessian products](products.png)", ""]
+                lines += [f"![Gauss-Newton and Hessian products]({page.stem}.png)", ""]
             lines += _break_even(measured)
     for name, by_dtype in subjects.items():
         for dtype, entry in by_dtype.items():
@@ -157,7 +169,9 @@ def _break_even(measured: dict[str, dict[str, Any]]) -> list[str]:
 def _section(title: str, entry: dict[str, Any]) -> list[str]:
     """One network's heading, table, and who could not take part."""
     milliseconds = 1e3 * statistics.median(entry["gradient_seconds"])
-    heads = ["", *(f"{m} {what}" for m in _MATRICES for what in ("product, g", "build, g", "MB held; peak", "error"))]
+    on_gpu = entry["environment"]["device"] == "cuda"
+    columns = ("product, g", "build, g", "second, g" if on_gpu else "MB held; peak", "error")
+    heads = ["", *(f"{m} {what}" for m in _MATRICES for what in columns)]
     lines = [f"## {title}", "", f"{entry['parameters']:,} parameters; g is {milliseconds:.2f} ms.", ""]
     lines += [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     refusals: dict[str, list[str]] = {}
@@ -178,15 +192,20 @@ def _section(title: str, entry: dict[str, Any]) -> list[str]:
         lines.append(f"- {reason}{which}")
     where, versions = entry["environment"], entry.get("versions", {})
     installed = ", ".join(f"{package} {version}" for package, version in versions.items() if version)
-    return [*lines, *([""] if refusals else []), f"{where['processor']}; {installed}; {where['time'][:10]}.", ""]
+    machine = where["gpu"] or where["processor"]
+    return [*lines, *([""] if refusals else []), f"{machine}; {installed}; {where['time'][:10]}.", ""]
 
 
 def _cells(found: dict[str, Any], entry: dict[str, Any]) -> list[str]:
     ratios = _ratios(found["seconds"], entry["gradient_seconds"])
     low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
     build = statistics.median(_ratios(found["build_seconds"], entry["gradient_seconds_among_builds"]))
-    memory = f"{found['held'] / 1e6:.1f}; {found['peak'] / 1e6:.1f}"
-    return [f"{middle:.2f} ({low:.2f}–{high:.2f})", f"{build:.2f}", memory, f"{found['error']:.0e}"]
+    third = (
+        f"{found['held'] / 1e6:.1f}; {found['peak'] / 1e6:.1f}"
+        if "held" in found
+        else f"{found['second_seconds'] / statistics.median(entry['gradient_seconds']):.2f}"
+    )
+    return [f"{middle:.2f} ({low:.2f}–{high:.2f})", f"{build:.2f}", third, f"{found['error']:.0e}"]
 
 
 def _refusal(found: dict[str, Any]) -> str:

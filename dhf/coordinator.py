@@ -125,42 +125,49 @@ class Coordinator:
             finite: 0-dim tensor, finite if this rank's contribution is; read on the device, without waiting for it.
             moved: 0-dim tensor, non-zero if this rank's parameters moved under its graph.
         """
-        self._failure, self._finite = failure, finite
-        code = float(proposal or 0)
-        leads = self.comm.rank == 0
-        late = leads and self.deadline is not None and time.monotonic() >= self.deadline
-        on_cpu = word.device.type == "cpu"
-        broken = on_cpu and finite is not None and not math.isfinite(finite.item())
-        known = (
-            code,
-            code * code,
-            code * leads,
-            failure is not None,
-            broken,
-            self._interrupted(),
-            late,
-            0,
-        )
-        if on_cpu:
-            word.numpy()[:] = known
-        else:
-            word.copy_(torch.tensor([float(k) for k in known], dtype=word.dtype))
-            if finite is not None:  # written on the device, which is not waited for
-                word[_NON_FINITE] = (~torch.isfinite(finite)).to(word.dtype)
+        self.see(word, finite, moved)
+        self.tell(word, proposal, failure)
+
+    def see(self, word: Tensor, finite: Tensor | None, moved: Tensor | None) -> None:
+        """Write what is seen in tensors into an entry each, and zero into the others; on a GPU without waiting for it."""
+        word.zero_()
+        self._finite = finite
+        if finite is not None and word.device.type != "cpu":
+            word[_NON_FINITE] = (~torch.isfinite(finite)).to(word.dtype)
+        elif finite is not None and not math.isfinite(finite.item()):
+            word[_NON_FINITE] = 1.0
         if moved is not None:
             word[_MOVED] = moved.to(word.dtype)
 
-    def read(self, word: Tensor, *, search: Callable[[], Any] | None = None) -> Verdict:
+    def tell(self, word: Tensor, proposal: Reason | None, failure: BaseException | None) -> None:
+        """Add what the host knows to a word that has been seen to; where that is nothing, a GPU is left alone."""
+        self._failure = failure
+        code = float(proposal or 0)
+        leads = self.comm.rank == 0
+        late = leads and self.deadline is not None and time.monotonic() >= self.deadline
+        known = {
+            _SUM: code,
+            _SQUARES: code * code,
+            _LEADER: code * leads,
+            _FAILED: float(failure is not None),
+            _INTERRUPTED: float(self._interrupted()),
+            _LATE: float(late),
+        }
+        if any(known.values()):
+            told = [known.get(i, 0.0) for i in range(self.WIDTH)]
+            word.add_(torch.tensor(told, dtype=word.dtype).to(word.device))
+
+    def read(self, word: Tensor | Sequence[float], *, search: Callable[[], Any] | None = None) -> Verdict:
         """The verdict in a status word that has been summed.
 
         Args:
-            word: As :meth:`fill` wrote it, summed.
+            word: As :meth:`fill` wrote it, summed; or the numbers in it.
             search: Called where this rank's contribution is not finite; its answer reaches all ranks, in ``non_finite``.
 
         Raises:
             UsageError, StaleGraphError, RankError: If a rank failed; the same on every rank, naming the first that failed.
         """
-        total = word.tolist()
+        total = word.tolist() if isinstance(word, Tensor) else word
         if total[_FAILED]:
             self._raise_failure()
         if total[_MOVED]:

@@ -23,6 +23,7 @@ from dhf.evaluation import full_precision, naming_micro_batch, reproducible, twi
 from dhf.memory import ran_out_of_memory
 from dhf.objective import Objective, rows
 from dhf.parameters import Parameters
+from dhf.replay import aside
 
 __all__ = ["AddSums", "BuildGraph", "Graph", "MicroBatch", "ShardCurvature"]
 
@@ -125,6 +126,18 @@ class ShardCurvature:
         self._slots: list[_Slot] = []
         self.rows, self.ran_out = 0, False
         self.gradient_sum = torch.zeros(parameters.numel, dtype=parameters.dtype, device=parameters.device)
+        with aside(parameters.device):
+            losses = self._build_all(batches, seeds, build, move_buffers=move_buffers)
+        self.loss_sum = losses.item()
+        self.count = sum(slot.count for slot in self._slots)
+        self.width = self._slots[0].width if self._slots else 0
+        self._total, self._first_row = 0.0, 0
+
+    def _build_all(
+        self, batches: Sequence[Any], seeds: Sequence[int], build: BuildGraph, *, move_buffers: bool
+    ) -> Tensor:
+        """Build every micro-batch's graph, and keep those that are to be kept; ``Σ count·loss``, 0-dim, float64."""
+        objective, parameters = self._objective, self._parameters
         losses = torch.zeros((), dtype=torch.float64, device=parameters.device)
         counts = [_count(objective, j, batch) for j, batch in enumerate(batches)]
         # a gradient alone keeps next to nothing
@@ -148,10 +161,7 @@ class ShardCurvature:
             self._slots.append(slot)
             self.rows += graph.rows
             del graph
-        self.loss_sum = losses.item()
-        self.count = sum(slot.count for slot in self._slots)
-        self.width = self._slots[0].width if self._slots else 0
-        self._total, self._first_row = 0.0, 0
+        return losses
 
     @property
     def micro_batches(self) -> int:
@@ -166,10 +176,11 @@ class ShardCurvature:
     def begin(self, total: float, first_row: int) -> None:
         """Take the place among all data: the global sample count, and the index of this shard's first row."""
         self._total, self._first_row = total, first_row
-        for slot in self._slots:
-            if slot.graph is not None:
-                with naming_micro_batch(slot.index):
-                    slot.graph.begin(first_row + slot.first_row)
+        with aside(self._parameters.device):
+            for slot in self._slots:
+                if slot.graph is not None:
+                    with naming_micro_batch(slot.index):
+                        slot.graph.begin(first_row + slot.first_row)
 
     def free_half(self) -> bool:
         """Free half of the kept graphs, since memory has run out, and keep no more from now on; False if none is kept."""
@@ -202,15 +213,20 @@ class ShardCurvature:
         Raises:
             StaleGraphError: If a parameter has moved since the graphs were built.
         """
+        self.check()
+        with aside(self._parameters.device):
+            pieces_of_v = self._parameters.split(v)
+            if not self._slots:
+                out.zero_()
+            for i, slot in enumerate(self._slots):
+                with naming_micro_batch(slot.index):
+                    self._add_product(
+                        slot, pieces_of_v, out, multiply, ready if i == len(self._slots) - 1 else None, first=i == 0
+                    )
+
+    def check(self) -> None:
+        """Raise StaleGraphError if a parameter has moved since the graphs were built; on a GPU see :meth:`moved`, too."""
         self._snapshot.check()
-        pieces_of_v = self._parameters.split(v)
-        if not self._slots:
-            out.zero_()
-        for i, slot in enumerate(self._slots):
-            with naming_micro_batch(slot.index):
-                self._add_product(
-                    slot, pieces_of_v, out, multiply, ready if i == len(self._slots) - 1 else None, first=i == 0
-                )
 
     def _add_product(
         self,

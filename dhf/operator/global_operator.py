@@ -26,7 +26,19 @@ from dhf.errors import NonFiniteError, RankError, StaleGraphError, UsageError
 from dhf.evaluation import check_module, micro_batch_seeds
 from dhf.memory import ran_out_of_memory
 from dhf.objective import Objective, require_objective
-from dhf.operator.reduction import Part, Pieces, Reduced, Reducer, Reduction, Status, Target, Whole, Work
+from dhf.operator.reduction import (
+    Part,
+    Pieces,
+    Reduced,
+    Reducer,
+    Reduction,
+    Replays,
+    Status,
+    Steady,
+    Target,
+    Whole,
+    Work,
+)
 from dhf.parameters import Parameters
 from dhf.reason import Reason
 
@@ -69,6 +81,7 @@ class GlobalOperator:
         micro_batches, retained: Micro-batches of all ranks, and those of them whose graphs are kept.
         space: The inner products of these vectors, and what a rank holds of them.
         RIDERS: Numbers that ride with each product besides the status word.
+        STATUS: Numbers in the status word.
 
     Raises:
         UsageError: If the module, the loss or a batch cannot be used; on every rank, naming the rank that found it.
@@ -79,6 +92,7 @@ class GlobalOperator:
     """
 
     RIDERS = 0
+    STATUS = Coordinator.WIDTH
 
     def __init__(
         self,
@@ -133,6 +147,7 @@ class GlobalOperator:
                 objective, self.parameters, pieces, seeds, build, move_buffers=move_buffers, retention=retention
             )
 
+        self._replays = Replays(self.device)
         with self.coordinator.phases("graphs"):
             shard, failure = capture(build_shard)
         self._shard = shard
@@ -199,6 +214,35 @@ class GlobalOperator:
         """What all ranks agreed, with no product of this rank's; in the collectives of a product, for others may take one."""
         return self._reduce(lambda _, target: target.out.zero_(), None, proposal, failure).verdict
 
+    @property
+    def queues(self) -> bool:
+        """Whether :meth:`start`, :meth:`send` and :meth:`read` may be used: on a GPU, with whole vectors sent in one piece."""
+        return self.device.type == "cuda" and isinstance(self._reduction, Whole) and self._reduction.at_once
+
+    def start(self, v: Tensor) -> None:
+        """Launch this rank's share of ``A v``, shape (n,), on a GPU, and do not wait for it. Not collective."""
+        assert isinstance(self._reduction, Whole)
+        self.products += 1
+        self._started = self._reduction.start(self._multiply, v, Status(moved=self._moved))
+
+    def send(self) -> tuple[Tensor, Tensor, float]:
+        """Sum what was started last over the ranks. Collective, and the first half of it.
+
+        Returns:
+            ``A v - diagonal·v``, shape (n,), the status word, shape (STATUS,), both still being written; and the diagonal.
+        """
+        assert isinstance(self._reduction, Whole)
+        return *self._reduction.send(Status(), self._started), self._decay
+
+    def read(self, status: Sequence[float], v: Tensor) -> Verdict:
+        """What all ranks agreed about a product of v, from the numbers in its status word. The second half of the collective."""
+        try:
+            return self.coordinator.read(status, search=self._searching(v))
+        except Exception as error:
+            if not self._make_room(error):
+                raise
+            return Verdict(None, valid=False)
+
     def spread(self, parts: Sequence[Part], owners: Sequence[int], r: Tensor) -> Tensor:
         """See :meth:`Reduction.spread`."""
         return self._reduction.spread(parts, owners, r)
@@ -256,6 +300,7 @@ class GlobalOperator:
 
     def close(self) -> None:
         """Free the graphs; ``loss`` and ``gradient`` stay."""
+        self._replays.forget()
         if self._shard is not None:
             self._shard.close()
             self._shard = None
@@ -306,6 +351,7 @@ class GlobalOperator:
         for raised in (error, error.__cause__):
             if raised is not None:
                 traceback.clear_frames(raised.__traceback__)  # they hold what had been computed
+        self._replays.forget()
         freed = shard.free_half()
         everyone = self.comm.gather_objects((freed, shard.retained, shard.micro_batches))
         if not any(freed for freed, _, _ in everyone):
@@ -328,11 +374,22 @@ class GlobalOperator:
             raise StaleGraphError("the operator is closed: its graphs have been freed")
         return self._shard
 
-    def _multiply(self, v: Tensor | None, target: Target) -> None:
-        assert v is not None
+    @property
+    def _multiply(self) -> Steady:
+        # made each time: kept, it would be a cycle
+        return Steady(self._launch, self._prepare, self._replays, self.coordinator.phases)
+
+    def _prepare(self, v: Tensor) -> bool:
+        """Refuse what cannot be multiplied; whether all graphs are kept."""
         self.parameters.check_vector(v)
-        with self.coordinator.phases("products"):
-            self._open_shard().product(v, target.out, ready=target.ready)
+        shard = self._open_shard()
+        if self.device.type == "cuda":  # where a replay may take the place of the shard's own look
+            shard.check()
+        return shard.retained == shard.micro_batches
+
+    def _launch(self, v: Tensor | None, target: Target) -> None:
+        assert v is not None
+        self._open_shard().product(v, target.out, ready=target.ready)
 
     def _sum_over_ranks(self, shard: ShardCurvature | None, failure: BaseException | None) -> None:
         """Add up losses, counts and gradients, tell every shard its place, and compare replicas, in two collectives."""
@@ -415,7 +472,7 @@ class Shifted:
             raise UsageError(
                 f"damping must be finite and not negative, got {damping}; raise it until the solve converges"
             )
-        self.operator, self.damping = operator, float(damping)
+        self.operator, self.damping, self.STATUS = operator, float(damping), operator.STATUS
         self.shape, self.dtype, self.device, self.space = (
             operator.shape,
             operator.dtype,
@@ -439,6 +496,24 @@ class Shifted:
     def agree(self, proposal: Reason | None, failure: Exception | None = None) -> Verdict:
         """As :meth:`GlobalOperator.agree`."""
         return self.operator.agree(proposal, failure)
+
+    @property
+    def queues(self) -> bool:
+        """As :attr:`GlobalOperator.queues`."""
+        return self.operator.queues
+
+    def start(self, v: Tensor) -> None:
+        """As :meth:`GlobalOperator.start`."""
+        self.operator.start(v)
+
+    def send(self) -> tuple[Tensor, Tensor, float]:
+        """As :meth:`GlobalOperator.send`."""
+        product, word, diagonal = self.operator.send()
+        return product, word, diagonal + self.damping
+
+    def read(self, status: Sequence[float], v: Tensor) -> Verdict:
+        """As :meth:`GlobalOperator.read`."""
+        return self.operator.read(status, v)
 
     def shifted(self, damping: float) -> Shifted:
         """``A + (self.damping + damping)·I``."""
@@ -464,6 +539,11 @@ class Compressed(Shifted):
     """
 
     residual_replacement = 0.1
+
+    @property
+    def queues(self) -> bool:
+        """False: its residuals are taken anew in between."""
+        return False
 
     def __init__(self, operator: GlobalOperator, damping: float = 0.0) -> None:
         super().__init__(operator, damping)

@@ -24,10 +24,12 @@ from dhf.comm import Pending
 from dhf.coordinator import Coordinator, Verdict, capture
 from dhf.errors import CommunicationError, RankError
 from dhf.parameters import Parameters
+from dhf.phases import Phases
 from dhf.reason import Reason
+from dhf.replay import Replay
 from dhf.vector_space import LocalDots, Replicated, VectorSpace
 
-__all__ = ["Pieces", "Reduced", "Reducer", "Reduction", "Status", "Target", "Whole"]
+__all__ = ["Pieces", "Reduced", "Reducer", "Reduction", "Replays", "Status", "Steady", "Target", "Whole"]
 
 _ALIGNED = 16  # numbers; what stands before the product keeps its place in cache lines
 
@@ -50,6 +52,64 @@ class Target:
 
 Work = Callable[[Tensor | None, Target], Any]
 Part = Callable[[Sequence[Tensor], Sequence[Tensor]], Any]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Steady:
+    """Work that launches the same kernels for every vector, as long as graphs are kept; a GPU may replay it.
+
+    Attributes:
+        launch: The work. What it waits for, it must not wait for on the device.
+        prepare: Called on the host with each vector; raises if there is no going on, and says whether the graphs are kept.
+        replays: Where what is recorded of it stays from one vector to the next.
+        phases: Measures how long it takes, by a replay, too.
+    """
+
+    launch: Work
+    prepare: Callable[[Tensor], bool]
+    replays: Replays
+    phases: Phases
+
+    def __call__(self, v: Tensor | None, target: Target) -> None:
+        """Once, without a replay."""
+        assert v is not None
+        with self.phases("products"):
+            self.prepare(v)
+            self.launch(v, target)
+
+    def start(self, v: Tensor, target: Target, then: Callable[[], None]) -> None:
+        """The work, and what always follows it; with a target that is the same each time."""
+        replays = self.replays
+
+        def work() -> None:
+            self.launch(v if given is None else given, target)
+            then()
+
+        with self.phases("products"):
+            given = replays.given(v) if self.prepare(v) and v.device.type == "cuda" else None
+            if given is None:
+                work()
+            else:
+                given.copy_(v)
+                replays.replay(work)
+
+
+class Replays:
+    """What is recorded of an operator's products, and the vector that is multiplied then."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.forget()
+
+    def forget(self) -> None:
+        """Free it, since the graphs are to be freed or others."""
+        self.replay, self._given = Replay(self._device), torch.empty(0)
+
+    def given(self, like: Tensor) -> Tensor:
+        """The vector's memory."""
+        if self._given.shape != like.shape:
+            self._given = torch.empty_like(like)
+        return self._given
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -131,8 +191,14 @@ class Whole:
         head = math.ceil((Coordinator.WIDTH + riders) / _ALIGNED) * _ALIGNED
         self._buffer = torch.zeros(head + parameters.numel, dtype=parameters.dtype, device=parameters.device)
         self._head, self._product = self._buffer[:head], self._buffer[head:]
+        self._word, self._rider_sums = self._head[: Coordinator.WIDTH], self._head[Coordinator.WIDTH :][:riders]
         least = None if bucket_bytes is None else bucket_bytes // parameters.dtype.itemsize
         self._sender: _Sender = _Buckets(coordinator, self._buffer, head, parameters.sizes, least)
+
+    @property
+    def at_once(self) -> bool:
+        """Whether a product is sent in one piece, at its end."""
+        return self._sender.at_once
 
     def rounded(self, dtype: torch.dtype) -> Reducer:
         """The same, in the same memory, with products sent in a shorter dtype; status and riders are not."""
@@ -142,25 +208,54 @@ class Whole:
 
     def reduce(self, work: Work, v: Tensor | None, status: Status, add: Sequence[tuple[Tensor, float]] = ()) -> Reduced:
         """See :class:`Reduction`."""
-        self._head.zero_()
-        word = self._head[: Coordinator.WIDTH]
-        riders = self._head[Coordinator.WIDTH : Coordinator.WIDTH + self._riders]
-        sender = self._sender
+        return self.finish(status, self.start(work, v, status), add)
+
+    def start(self, work: Work, v: Tensor | None, status: Status) -> BaseException | None:
+        """Write this rank's share of a product, and what it sees of it, into the buffer; what failed in it."""
+        failure, sender, seen = status.failure, self._sender, False
         sender.begin()
-        failure = status.failure
+
+        def see() -> None:
+            unbroken = failure is None
+            finite = sender.finish_but_last() + self._rider_sums.sum()
+            self._coordinator.see(self._word, finite if unbroken else None, status.moved() if unbroken else None)
+
+        def share() -> bool:
+            self._rider_sums.zero_()
+            target = Target(self._product, self._rider_sums, sender.ready)
+            if isinstance(work, Steady) and v is not None and sender.at_once:
+                work.start(v, target, see)
+                return True
+            work(v, target)
+            return False
+
         if failure is None:
-            _, failure = capture(lambda: work(v, Target(self._product, riders, sender.ready)))
+            shared, failure = capture(share)
+            seen = bool(shared)
         if failure is not None:
-            riders.zero_()
+            self._rider_sums.zero_()
             self._product[: sender.end].zero_()
-        moved = status.moved() if failure is None else None
-        finite = sender.finish_but_last() + riders.sum()
-        self._coordinator.fill(word, proposal=status.proposal, failure=failure, finite=finite, moved=moved)
-        sender.finish()
-        verdict = self._coordinator.read(word, search=status.search)
+        if not seen:
+            see()
+        return failure
+
+    def finish(
+        self, status: Status, failure: BaseException | None, add: Sequence[tuple[Tensor, float]] = ()
+    ) -> Reduced:
+        """The product of which all ranks have written their shares."""
+        self.send(status, failure, add)
+        verdict = self._coordinator.read(self._word, search=status.search)
+        return Reduced(self._product, self._rider_sums, verdict)
+
+    def send(
+        self, status: Status, failure: BaseException | None, add: Sequence[tuple[Tensor, float]] = ()
+    ) -> tuple[Tensor, Tensor]:
+        """The same, with a status word that is still to be read: both are written on a GPU, which is not waited for."""
+        self._coordinator.tell(self._word, status.proposal, failure)
+        self._sender.finish()
         for vector, factor in add:
             self._product.add_(vector, alpha=factor)
-        return Reduced(self._product, riders, verdict)
+        return self._product, self._word
 
     def spread(self, parts: Sequence[Part], owners: Sequence[int], r: Tensor) -> Tensor:
         """Every rank calls all parts, since all have the whole vector."""
@@ -173,6 +268,8 @@ class Whole:
 
 class _Sender(Protocol):
     """How a buffer of status, riders and product is all-reduced."""
+
+    at_once: bool  # whether all is sent at the end
 
     @property
     def ready(self) -> Callable[[int], None] | None:
@@ -201,6 +298,7 @@ class _Buckets:
         self._coordinator, self._buffer, self._head = coordinator, buffer, head
         cuts = [0] if least is None else _cuts(sizes, head, least)
         self._parts = list(zip(cuts, [*cuts[1:], buffer.numel()], strict=True))[::-1]
+        self.at_once = len(self._parts) == 1
         starts = itertools.accumulate(sizes[:-1], initial=head)
         # an empty parameter is nobody's
         self._part_of = [
@@ -212,7 +310,7 @@ class _Buckets:
     @property
     def ready(self) -> Callable[[int], None] | None:
         """Starts parts early, where there are several."""
-        return self._ready if len(self._parts) > 1 else None  # kept, it would be a cycle that holds the buffer
+        return None if self.at_once else self._ready  # kept, it would be a cycle that holds the buffer
 
     def begin(self) -> None:
         """Nothing is ready."""
@@ -261,6 +359,7 @@ class _Rounding:
     """The product sent in a shorter dtype, status and riders apart from it."""
 
     ready: Callable[[int], None] | None = None
+    at_once = False
 
     def __init__(self, coordinator: Coordinator, head: Tensor, product: Tensor, dtype: torch.dtype) -> None:
         self._coordinator, self._head, self._product = coordinator, head, product

@@ -73,17 +73,7 @@ class ResidualJacobian(GlobalOperator):
         self, v: Tensor, proposal: Reason | None = None, failure: Exception | None = None, shift: float = 0.0
     ) -> tuple[Tensor, Verdict]:
         """``(A + shift·I) v`` as in :meth:`GlobalOperator.apply`, and :attr:`squared`, of A alone."""
-
-        def work(whole: Tensor | None, target: Target) -> None:
-            def multiply(graph: GaussNewton, pieces: Sequence[Tensor], weight: float) -> Sequence[Tensor]:
-                Jv = graph.push(pieces)
-                half = graph.output_hessian(Jv)
-                target.riders[0] += torch.dot(Jv.reshape(-1), half.reshape(-1)) * weight
-                return graph.pull(half)
-
-            self._rows(whole, target, multiply)
-
-        reduced = self._reduce(work, v, proposal, failure, [(v, self._decay), (v, shift)])
+        reduced = self._reduce(self._multiply, v, proposal, failure, [(v, self._decay), (v, shift)])
         self.squared = float(reduced.riders[0])
         if self._decay:
             self.squared += self._decay * self.space.dots((v, v))[0]
@@ -100,11 +90,24 @@ class ResidualJacobian(GlobalOperator):
         decay: list[tuple[Tensor, float]] = []
         if self._decay:
             decay = [(self.space.piece(self.parameters.read()) + x, -self._decay)]
-        reduced = self._reduce(lambda v, target: self._rows(v, target, multiply), x, proposal, failure, decay)
+
+        def work(v: Tensor | None, target: Target) -> None:
+            with self.coordinator.phases("products"):
+                self._rows(v, target, multiply)
+
+        reduced = self._reduce(work, x, proposal, failure, decay)
         return reduced.product, reduced.verdict
+
+    def _launch(self, v: Tensor | None, target: Target) -> None:
+        def multiply(graph: GaussNewton, pieces: Sequence[Tensor], weight: float) -> Sequence[Tensor]:
+            Jv = graph.push(pieces)
+            half = graph.output_hessian(Jv)
+            target.riders[0] += torch.dot(Jv.reshape(-1), half.reshape(-1)) * weight
+            return graph.pull(half)
+
+        self._rows(v, target, multiply)
 
     def _rows(self, v: Tensor | None, target: Target, multiply: Multiply) -> None:
         assert v is not None
         self.parameters.check_vector(v)
-        with self.coordinator.phases("products"):
-            self._open_shard().product(v, target.out, multiply, ready=target.ready)
+        self._open_shard().product(v, target.out, multiply, ready=target.ready)

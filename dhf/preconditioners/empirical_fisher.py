@@ -12,6 +12,7 @@ from torch import Tensor
 from dhf.curvature.per_sample import add_squared_gradients
 from dhf.curvature.shard import MicroBatch
 from dhf.operator import GlobalOperator
+from dhf.replay import SteadyMap
 
 __all__ = ["empirical_fisher"]
 
@@ -43,4 +44,4 @@ def empirical_fisher(operator: GlobalOperator, damping: float, *, exponent: floa
 
     (squares,) = operator.sums(add, [(operator.shape[0],)])
     scale = operator.space.piece(squares.add_(damping + operator.objective.weight_decay).pow_(-exponent))
-    return lambda r: scale * r
+    return SteadyMap(lambda r: scale * r)

@@ -7,9 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
+from dhf.replay import SteadyMap
+
 __all__ = ["identity"]
 
 
 def identity(operator: Any, damping: float) -> Callable[[Tensor], Tensor]:
     """``r -> r``, whatever the operator and damping."""
-    return lambda r: r
+    return SteadyMap(lambda r: r)

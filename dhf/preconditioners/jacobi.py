@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dhf.operator import GlobalOperator
+from dhf.replay import SteadyMap
 
 __all__ = ["jacobi"]
 
@@ -46,4 +47,4 @@ def jacobi(
         signs = operator.space.piece(signs)
         diagonal.addcmul_(signs, operator.matvec(signs), value=1.0 / probes)
     scale = diagonal.clamp_(min=0).add_(damping).pow_(-exponent)
-    return lambda r: scale * r
+    return SteadyMap(lambda r: scale * r)

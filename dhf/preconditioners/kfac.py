@@ -22,6 +22,7 @@ from dhf.curvature.kronecker import Layer, add_factors, factor_shapes, layers_of
 from dhf.objective import Objective
 from dhf.operator import GlobalOperator
 from dhf.parameters import Parameters
+from dhf.replay import SteadyMap
 
 __all__ = ["KFAC"]
 
@@ -93,7 +94,7 @@ class KFAC:
         def apply(r: Tensor) -> Tensor:
             return operator.spread(parts, owners, r).addcmul_(rest, r)
 
-        return apply
+        return SteadyMap(apply)
 
     def _renew(self, operator: GlobalOperator, layers: list[Layer]) -> None:
         objective, parameters = operator.objective, operator.parameters

@@ -16,6 +16,7 @@ from torch import Tensor
 from dhf.coordinator import Coordinator
 from dhf.objective import Objective
 from dhf.operator import GlobalOperator
+from dhf.replay import SteadyMap
 
 __all__ = ["Nystrom"]
 
@@ -60,14 +61,16 @@ class Nystrom:
         U, smallest = self._stored_as(operator), self._values[-1] + mu
         scale = smallest / (self._values + mu) - 1.0
 
-        def apply(r: Tensor) -> Tensor:
+        def count() -> None:
             self._applied += 1
+
+        def apply(r: Tensor) -> Tensor:
             inner = U.T @ r
             if operator.in_pieces:
                 inner = operator.coordinator.total(lambda: inner, inner.shape, inner)
             return r + U @ (scale * inner)
 
-        return apply
+        return SteadyMap(apply, count)
 
     def _stored_as(self, operator: GlobalOperator) -> Tensor:
         """U as the operator stores vectors, one per column."""

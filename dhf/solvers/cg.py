@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from dhf.reason import Reason
+from dhf.replay import aside
 from dhf.solvers.krylov import Recursion, StoppingRule, check_preconditioner, guarded, run, zero_solution
 from dhf.solvers.linear_operator import AgreeingOperator, Agreement, as_operator, check_system
 from dhf.solvers.solution import Iteration, Solution
@@ -87,20 +88,36 @@ def cg(
     if b_norm == 0:
         return zero_solution(b)
     symmetry = SymmetryCheck(b.dtype, preconditioned=preconditioner is not None)
-    plain = ConjugateGradients(A, b, x0, guarded(A.space, preconditioner), symmetry)
+    plain = _recursion(A, b, x0, preconditioner, symmetry, stop.limit)
     recursion: Recursion = plain
     ratio = getattr(A, "residual_replacement", None)
     if ratio is not None and true_residual:
         recursion = _Corrected(plain, ratio, stop.target)
-    return run(
-        A,
-        recursion,
-        stop,
-        x0=x0,
-        snapshot_ratio=snapshot_ratio,
-        callback=callback,
-        true_residual=true_residual,
-    )
+    with aside(b.device):
+        return run(
+            A,
+            recursion,
+            stop,
+            x0=x0,
+            snapshot_ratio=snapshot_ratio,
+            callback=callback,
+            true_residual=true_residual,
+        )
+
+
+def _recursion(
+    A: AgreeingOperator,
+    b: Tensor,
+    x0: Tensor | None,
+    preconditioner: Callable[[Tensor], Tensor] | None,
+    symmetry: SymmetryCheck,
+    limit: int,
+) -> ConjugateGradients:
+    if getattr(A, "queues", False):
+        from dhf.solvers.queued import QueuedConjugateGradients  # it rests on this module
+
+        return QueuedConjugateGradients(A, b, x0, preconditioner, symmetry, limit)  # type: ignore[arg-type]
+    return ConjugateGradients(A, b, x0, guarded(A.space, preconditioner), symmetry)
 
 
 class ConjugateGradients:
@@ -185,8 +202,12 @@ class ConjugateGradients:
         self._z = z if self._symmetry is not None and self._symmetry.wanted else None
         rr, rho = self.A.space.dots((self.r, self.r), (self.r, z))
         torch.add(z, self.p, alpha=rho / self.rho if self.rho else 0.0, out=self.p)
+        return self.account(pAp, pp, rr, rho, threshold)
+
+    def account(self, pAp: float, pp: float, rr: float, rho: float, threshold: float) -> Reason | None:
+        """Take note of an iteration by its numbers."""
         self.k += 1
-        self.model -= 0.5 * alpha * self.rho
+        self.model -= 0.5 * (self.rho / pAp if pAp else 0.0) * self.rho
         self.rho = rho
         self.curvature = pAp / pp if pp else math.nan
         self.residual_norm = math.sqrt(rr) if rr >= 0 else math.nan

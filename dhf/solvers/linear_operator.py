@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from dhf.reason import Reason
 from dhf.vector_space import Replicated, VectorSpace
 
-__all__ = ["AgreeingOperator", "Agreement", "Own", "as_operator", "check_system"]
+__all__ = ["AgreeingOperator", "Agreement", "Own", "QueueingOperator", "as_operator", "check_system"]
 
 
 class Agreement(Protocol):
@@ -38,6 +39,29 @@ class AgreeingOperator(Protocol):
 
     def agree(self, proposal: Reason | None, failure: Exception | None = None) -> Agreement:
         """The agreement alone; it meets other parties' products as one that is not valid."""
+
+
+class QueueingOperator(AgreeingOperator, Protocol):
+    """One that can be asked for a product on a GPU without waiting for it.
+
+    Attributes:
+        queues: Whether it can, as things are; the methods below are for that case.
+        STATUS: Numbers in which parties tell what they have seen; all are zero if that is nothing.
+    """
+
+    STATUS: int
+
+    @property
+    def queues(self) -> bool: ...
+
+    def start(self, v: Tensor) -> None:
+        """Launch this party's share of ``A v``; one that is not sent is forgotten with the next product."""
+
+    def send(self) -> tuple[Tensor, Tensor, float]:
+        """Sum up what was started last: ``A v`` but for a multiple of v, the status in STATUS numbers, and that multiple."""
+
+    def read(self, status: Sequence[float], v: Tensor) -> Agreement:
+        """The agreement in these numbers, about a product of v; raises if any party tells of a failure."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
