@@ -15,14 +15,11 @@ The file it writes is rank 0's, with the mean over ranks of each phase; totals a
 from __future__ import annotations
 
 import argparse
-import contextlib
-import functools
 import gc
 import json
 import statistics
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,73 +30,28 @@ from torch import Tensor
 import dhf
 from dhf.comm import Communicator
 from dhf.coordinator import Coordinator
-from dhf.curvature import ShardCurvature
-from dhf.optim import trial
-from dhf.preconditioners import KFAC
+from dhf.phases import Phases
 from dhf.solvers.cg import ConjugateGradients
 
 WIDTHS = (784, 400, 200, 100, 50, 25, 6, 25, 50, 100, 200, 400, 784)
 
 
-class Phases:
-    """Seconds by phase; a phase within another takes the time over."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = defaultdict(float)
-        self._stack: list[str] = ["vectors"]
-        self._since = time.perf_counter()
-
-    def reset(self) -> None:
-        """Start again, in the phase that is left over."""
-        self.seconds.clear()
-        self._since = time.perf_counter()
-
-    def stop(self) -> dict[str, float]:
-        """The seconds so far."""
-        self._turn()
-        return dict(self.seconds)
-
-    @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Count what runs inside to this phase."""
-        self._turn()
-        self._stack.append(name)
-        try:
-            yield
-        finally:
-            self._turn()
-            self._stack.pop()
-
-    def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function, counted to this phase."""
-
-        @functools.wraps(function)
-        def call(*args: Any, **options: Any) -> Any:
-            with self.phase(name):
-                return function(*args, **options)
-
-        return call
-
-    def _turn(self) -> None:
-        now = time.perf_counter()
-        self.seconds[self._stack[-1]] += now - self._since
-        self._since = now
+# dhf's own names of phases, and those of the results
+PHASES = {
+    "graphs": "graphs",
+    "products": "product",
+    "waiting": "waiting",
+    "preconditioner": "preconditioner",
+    "trial": "line search",
+    "vectors": "vectors",
+}
 
 
-def watch(phases: Phases) -> None:
-    """Count dhf's own functions to their phases."""
-    for name in ("all_reduce", "wait", "reduce_scatter", "all_gather"):
-        setattr(Coordinator, name, phases.timed("waiting", getattr(Coordinator, name)))
-    ShardCurvature.__init__ = phases.timed("graphs", ShardCurvature.__init__)  # type: ignore[method-assign]
-    ShardCurvature.product = phases.timed("product", ShardCurvature.product)  # type: ignore[method-assign]
-    trial.loss_at = phases.timed("line search", trial.loss_at)  # type: ignore[attr-defined]
-    make = KFAC.__call__
-
-    def call(self: KFAC, *args: Any) -> Callable[[Tensor], Tensor]:
-        with phases.phase("preconditioner"):
-            return phases.timed("preconditioner", make(self, *args))
-
-    KFAC.__call__ = call  # type: ignore[method-assign]
+def told(phases: Phases) -> dict[str, float]:
+    """The seconds since the phases began."""
+    profile = phases.end()
+    assert profile is not None
+    return {PHASES[name]: seconds for name, seconds in profile.seconds.items() if name in PHASES}
 
 
 class Run:
@@ -126,12 +78,12 @@ class Run:
     def solve(self, setup: dict[str, Any], callback: Callable[..., None] | None = None) -> dict[str, float]:
         """A Gauss-Newton solve of a fixed number of iterations; its phases are those of the iterations alone."""
         objective = dhf.Objective(self.case.module, self.case.loss)
-        coordinator = Coordinator(self.comm)
+        coordinator = Coordinator(self.comm, phases=self.phases)
         options = {"vectors": setup.get("vectors", "replicated"), "bucket_bytes": setup.get("bucket_bytes")}
         with dhf.GaussNewton(objective, self.batches(setup["batch"]), coordinator=coordinator, **options) as A:
             damped = A.compressed(1.0) if setup.get("reduce_dtype") == "bfloat16" else A.shifted(1.0)
             self.comm.barrier()
-            self.phases.reset()
+            self.phases.begin()
             dhf.cg(
                 damped,
                 -A.gradient,
@@ -141,7 +93,7 @@ class Run:
                 true_residual=False,
                 callback=callback,
             )
-            return self.phases.stop()
+            return told(self.phases)
 
     def step(self, setup: dict[str, Any]) -> dict[str, float]:
         """A whole step of the deep-net preset from the start, with the batch's iterations and a renewal of K-FAC."""
@@ -149,7 +101,7 @@ class Run:
         objective = dhf.Objective(self.case.module, self.case.loss)
         optimizer = dhf.HessianFree(
             objective,
-            comm=self.comm,
+            coordinator=Coordinator(self.comm, phases=self.phases),
             preset="deep-net",
             vectors=setup.get("vectors", "replicated"),
             bucket_mb=(setup.get("bucket_bytes") or 0) / 1e6,
@@ -157,9 +109,8 @@ class Run:
             cg_rtol=0.0,
         )
         self.comm.barrier()
-        self.phases.reset()
-        optimizer.step(self.batches(setup["batch"]))
-        return self.phases.stop()
+        report = optimizer.step(self.batches(setup["batch"]))
+        return {PHASES[name]: seconds for name, seconds in report.profile.seconds.items() if name in PHASES}
 
     def memory(self, setup: dict[str, Any]) -> dict[str, float]:
         """Most megabytes of flat vectors that live at once during a step, by their storages.
@@ -204,8 +155,7 @@ def main() -> None:
     args = parser.parse_args()
     setups = json.loads(args.setups)
     comm = dhf.connect(args.backend, threads=1, timeout=120)
-    phases = Phases()
-    watch(phases)
+    phases = Phases(comm.device)
     run = Run(comm, phases, WIDTHS)
     kinds = {"solve": run.solve, "step": run.step, "memory": run.memory}
     rows: list[dict[str, Any]] = [{**setup, "ranks": comm.size, "total": [], "phases": []} for setup in setups]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,9 +28,12 @@ def run_command(parser: jsonargparse.ArgumentParser, argv: Sequence[str] | None,
     try:
         known = [action.dest for action in parser._actions]
         work(in_words(lambda: parser.parse_args(argv), known))
+        sys.stdout.flush()
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
+    except BrokenPipeError:  # who reads has seen enough; Python would complain when it flushes at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

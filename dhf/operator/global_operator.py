@@ -394,7 +394,8 @@ class GlobalOperator:
 
     @property
     def _multiply(self) -> Steady:
-        return Steady(self._launch, self._prepare, self._replays)  # made each time: kept, it would be a cycle
+        # made each time: kept, it would be a cycle
+        return Steady(self._launch, self._prepare, self._replays, self.coordinator.phases)
 
     def _prepare(self, v: Tensor) -> bool:
         """Refuse what cannot be multiplied; whether all graphs are kept."""

@@ -10,7 +10,6 @@ learn of it together.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import itertools
@@ -25,6 +24,7 @@ from dhf.comm import Pending
 from dhf.coordinator import Coordinator, Verdict, capture
 from dhf.errors import CommunicationError, RankError
 from dhf.parameters import Parameters
+from dhf.phases import Phases
 from dhf.reason import Reason
 from dhf.replay import Replay
 from dhf.vector_space import LocalDots, Replicated, VectorSpace
@@ -62,32 +62,36 @@ class Steady:
         launch: The work. What it waits for, it must not wait for on the device.
         prepare: Called on the host with each vector; raises if there is no going on, and says whether the graphs are kept.
         replays: Where what is recorded of it stays from one vector to the next.
+        phases: Measures how long it takes, by a replay, too.
     """
 
     launch: Work
     prepare: Callable[[Tensor], bool]
     replays: Replays
+    phases: Phases
 
     def __call__(self, v: Tensor | None, target: Target) -> None:
         """Once, without a replay."""
         assert v is not None
-        self.prepare(v)
-        self.launch(v, target)
+        with self.phases("products"):
+            self.prepare(v)
+            self.launch(v, target)
 
     def start(self, v: Tensor, target: Target, then: Callable[[], None]) -> None:
         """The work, and what always follows it; with a target that is the same each time."""
         replays = self.replays
-        given = replays.given(v) if self.prepare(v) and v.device.type == "cuda" else None
 
         def work() -> None:
             self.launch(v if given is None else given, target)
             then()
 
-        if given is None:
-            work()
-        else:
-            given.copy_(v)
-            replays.replay(work)
+        with self.phases("products"):
+            given = replays.given(v) if self.prepare(v) and v.device.type == "cuda" else None
+            if given is None:
+                work()
+            else:
+                given.copy_(v)
+                replays.replay(work)
 
 
 class Replays:
@@ -226,8 +230,7 @@ class Whole:
             return False
 
         if failure is None:
-            with _as_product(self._coordinator, v):
-                shared, failure = capture(share)
+            shared, failure = capture(share)
             seen = bool(shared)
         if failure is not None:
             self._rider_sums.zero_()
@@ -392,11 +395,6 @@ def _cuts(sizes: Sequence[int], head: int, least: int) -> list[int]:
     return cuts
 
 
-def _as_product(coordinator: Coordinator, v: Tensor | None) -> contextlib.AbstractContextManager[None]:
-    """Count time to products, if there is a vector to be multiplied."""
-    return contextlib.nullcontext() if v is None else coordinator.phases("products")
-
-
 class Pieces:
     """Every rank holds one of P equal pieces of every vector; the last are filled up with zeros.
 
@@ -429,8 +427,7 @@ class Pieces:
         out = self._summed[: self._n]
         if failure is None:
             whole = None if v is None else self._gathered[: self._n]
-            with _as_product(self._coordinator, v):
-                _, failure = capture(lambda: work(whole, Target(out, riders)))
+            _, failure = capture(lambda: work(whole, Target(out, riders)))
         if failure is not None:
             self._summed.zero_()
             riders.zero_()

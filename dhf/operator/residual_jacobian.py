@@ -90,7 +90,12 @@ class ResidualJacobian(GlobalOperator):
         decay: list[tuple[Tensor, float]] = []
         if self._decay:
             decay = [(self.space.piece(self.parameters.read()) + x, -self._decay)]
-        reduced = self._reduce(lambda v, target: self._rows(v, target, multiply), x, proposal, failure, decay)
+
+        def work(v: Tensor | None, target: Target) -> None:
+            with self.coordinator.phases("products"):
+                self._rows(v, target, multiply)
+
+        reduced = self._reduce(work, x, proposal, failure, decay)
         return reduced.product, reduced.verdict
 
     def _launch(self, v: Tensor | None, target: Target) -> None:

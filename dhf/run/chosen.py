@@ -15,8 +15,14 @@ def check_chosen(chosen: str) -> None:
         raise UsageError(f"--record-solves {chosen} is unknown; give auto, all, none, or steps such as 1,5,10")
 
 
-def is_chosen(chosen: str, step: int) -> bool:
-    """Whether the solve of a step is recorded; auto takes 1, 2, 5, 10, 20, 50, ..., so that long runs stay small."""
+def is_chosen(chosen: str, step: int, first_step: int = 0) -> bool:
+    """Whether the solve of a step is recorded.
+
+    Args:
+        chosen: Which are; auto takes the steps 1, 2, 5, 10, 20, 50, ... of each phase, so that long runs stay small.
+        step: Counted through the run.
+        first_step: Steps that were done when the phase began.
+    """
     if chosen in _WORDS:
-        return chosen == "all" or (chosen == "auto" and str(step).rstrip("0") in ("1", "2", "5"))
+        return chosen == "all" or (chosen == "auto" and str(step - first_step).rstrip("0") in ("1", "2", "5"))
     return step in (int(part) for part in chosen.split(","))

@@ -9,7 +9,7 @@ from typing import Any
 
 from dhf.run.records import RunRecord
 
-__all__ = ["differences", "levels_of", "reached", "table"]
+__all__ = ["OWN_METRICS", "differences", "levels_of", "reached", "table"]
 
 Table = list[tuple[str, list[str]]]
 
@@ -26,6 +26,14 @@ _APART = (
 )
 _WATCHING = ("monitor", "profile", "record_solves", "tensorboard")
 _WIDEST = 34
+
+# what dhf itself reports of a step; other names are the problem's
+OWN_METRICS = (
+    *("step", "phase", "optimizer", "loss", "loss_after", "gradient_norm", "step_length", "damping", "reduction_ratio"),
+    *("products", "evaluations", "gradient_equivalents", "seconds", "reason", "fallback", "radius", "cg_iterations"),
+    *("cg_reason", "cg_residual_norm", "cg_true_residual_norm", "non_finite_ranks", "own_seconds", "waiting_seconds"),
+    *("slowest_rank", "peak_memory_mb", "phase_seconds", "products_per_second", "collectives", "bytes_reduced"),
+)
 
 
 def table(runs: Sequence[RunRecord], levels: Sequence[float] | None = None) -> str:
@@ -76,7 +84,7 @@ def levels_of(runs: Sequence[RunRecord]) -> list[float]:
 
 
 def differences(runs: Sequence[RunRecord]) -> dict[str, list[str]]:
-    """The settings that are not the same in all runs, with each one's value."""
+    """The settings that are not the same in all runs that tell them, with each one's value."""
     known = [run.config for run in runs]
     names = dict.fromkeys(name for config in known for name in config if name not in (*_APART, *_WATCHING))
     found: dict[str, list[str]] = {}
@@ -88,24 +96,16 @@ def differences(runs: Sequence[RunRecord]) -> dict[str, list[str]]:
         else:
             inner = {name: values}
         for key, each in inner.items():
-            if any(value != each[0] for value in each):
+            told = [value for config, value in zip(known, each, strict=True) if name in config]
+            if any(value != told[0] for value in told):
                 found[key] = [_text(value) for value in each]
     return found
 
 
 def _own_metrics(runs: Sequence[RunRecord]) -> Table:
     """The last values of what the problem reports, and of the loss on held-out data."""
-    dhf_own = set(_OWN)
-    names = dict.fromkeys(name for run in runs for name in run.rows[-1] if name not in dhf_own)
+    names = dict.fromkeys(name for run in runs for name in run.rows[-1] if name not in OWN_METRICS)
     return [(name, [_loss(run.rows[-1].get(name)) for run in runs]) for name in names]
-
-
-_OWN = (
-    *("step", "phase", "optimizer", "loss", "loss_after", "gradient_norm", "step_length", "damping", "reduction_ratio"),
-    *("products", "evaluations", "gradient_equivalents", "seconds", "reason", "fallback", "radius", "cg_iterations"),
-    *("cg_reason", "cg_residual_norm", "cg_true_residual_norm", "non_finite_ranks", "own_seconds", "waiting_seconds"),
-    *("slowest_rank", "peak_memory_mb", "phase_seconds", "products_per_second", "collectives", "bytes_reduced"),
-)
 
 
 def _optimizers(run: RunRecord) -> str:

@@ -150,9 +150,9 @@ class Config:
 
     monitor: Literal["steps", "cg"] = _watch("steps", "what is shown: steps, or each iteration of their solves, too")
     profile: bool = _watch(False, "measure where each step's time goes, by phase and rank; a GPU is then waited for")
-    record_solves: str = _watch(
+    record_solves: int | str = _watch(
         "auto",
-        "steps whose solves leave their residuals in solves.jsonl: 1,5,10; all; none; auto is 1, 2, 5, 10, 20, ...",
+        "steps whose solves leave their residuals in solves.jsonl: 1,5,10; all; none; auto is 1, 2, 5, 10, ... of each phase",
     )
     tensorboard: bool = _watch(False, "write events for TensorBoard into the run directory, too")
 
@@ -301,7 +301,7 @@ def _check(config: Config) -> None:
             )
     if config.target_loss is not None and not math.isfinite(config.target_loss):
         raise UsageError(f"--target-loss must be finite, got {config.target_loss}")
-    check_chosen(config.record_solves)
+    check_chosen(str(config.record_solves))
     for name in config.stop_signals.split(","):
         try:
             signal_number(name)

@@ -25,23 +25,27 @@ class Recorder:
     """
 
     def __init__(self, directory: RunDirectory, config: Config, first_step: int, say: Callable[[str], None]) -> None:
-        self._directory, self._chosen, self._say = directory, config.record_solves, say
+        self._directory, self._chosen, self._say = directory, str(config.record_solves), say
         self._events = Events(directory.events, first_step) if config.tensorboard else None
 
-    def step(self, row: dict[str, Any], report: StepReport) -> None:
-        """One step: its metrics, those of the problem included, and what it reports."""
-        try:
-            self._directory.append(row)
-            if report.solve is not None and report.products and is_chosen(self._chosen, row["step"]):
-                self._directory.append_solve(solve_row(row["step"], report))
-        except OSError as error:
-            self._say(f"warning: metrics are kept in memory, since they cannot be written: {error}")
+    def step(self, row: dict[str, Any], report: StepReport, phase_began: int = 0) -> None:
+        """One step: its metrics, those of the problem included, and what it reports; its phase began after so many steps."""
+        self._write("metrics", lambda: self._directory.append(row))
+        if report.solve is not None and report.products and is_chosen(self._chosen, row["step"], phase_began):
+            solve = solve_row(row["step"], report)
+            self._write("solves", lambda: self._directory.append_solve(solve))
         if self._events is not None:
             try:
                 self._events.step(row)
             except OSError as error:
                 self._say(f"warning: no more events for TensorBoard, since they cannot be written: {error}")
                 self._events = None
+
+    def _write(self, what: str, append: Callable[[], None]) -> None:
+        try:
+            append()
+        except OSError as error:
+            self._say(f"warning: {what} are kept in memory, since they cannot be written: {error}")
 
     def close(self) -> None:
         """Close what is open."""

@@ -251,9 +251,9 @@ class Trainer:
         self._show(row, extra, report)
 
     def _show(self, row: dict[str, Any], extra: dict[str, float], report: StepReport) -> None:
-        if self.recorder is not None:
-            self.recorder.step({**row, **extra}, report)
-        self.monitor.step(row, extra)
+        if self.recorder is not None:  # on the rank that leads
+            self.recorder.step({**row, **extra}, report, self.schedule.first_step)
+            self.monitor.step(row, extra)
 
     def _found_in_the_data(self, places: Mapping[int, NonFinite | None], step: int) -> str:
         """The samples from which NaN or infinity came, by their index in the data; or how to have them looked for."""

@@ -18,7 +18,7 @@ import torch
 import yaml
 
 from dhf.commands import compare, export, plot
-from dhf.run.compare import _OWN, differences, levels_of, reached, table
+from dhf.run.compare import OWN_METRICS, differences, levels_of, reached, table
 from dhf.run.records import RunRecord, read_runs
 from dhf.train import main as train
 
@@ -217,6 +217,19 @@ def test_csv_reads_back_as_the_metrics(here: Path, capsys: pytest.CaptureFixture
                 assert float(cells[f"phase_seconds.{phase}.0"]) == seconds
 
 
+def test_a_reader_that_has_seen_enough_is_no_error(here: Path) -> None:
+    line = Path("runs/adam/metrics.jsonl").read_text().splitlines()[0]
+    Path("runs/adam/metrics.jsonl").write_text((line + "\n") * 5000)  # more than a pipe holds
+    command = [sys.executable, "-m", "dhf.commands.export", "runs/adam", "--output", "-"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline().startswith(b"step,phase,")
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
+
+
 def test_csv_of_solves_has_a_line_per_iteration(here: Path) -> None:
     assert export.main(["runs/hf", "--solves", "--output", "solves.csv"]) == 0
     with Path("solves.csv").open(newline="") as file:
@@ -266,6 +279,7 @@ def test_settings_that_differ_are_those_of_the_computation() -> None:
         "options.width": ["5", "7"],
         "options.depth": ["-", "2"],
     }
+    assert differences([record("untold", [1.0]), one]) == {}
 
 
 def test_compare_prints_the_table_and_draws(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -293,7 +307,7 @@ def test_compare_prints_the_table_and_draws(here: Path, capsys: pytest.CaptureFi
 
 
 def test_what_dhf_itself_reports_is_told_from_the_problem_s_own(here: Path) -> None:
-    assert {name for row in rows("hf") for name in row} - set(_OWN) == {"norm", "validation_loss"}
+    assert {name for row in rows("hf") for name in row} - set(OWN_METRICS) == {"norm", "validation_loss"}
 
 
 def test_settings_read_back_are_those_of_the_run(here: Path) -> None:

@@ -147,7 +147,7 @@ def test_residuals_of_a_solve_are_relative_to_the_gradient(folder: Path) -> None
 
 @pytest.mark.parametrize(
     ("chosen", "steps"),
-    [("auto", [1, 2, 5]), ("none", []), ("all", [1, 2, 3, 4, 5, 6]), ("4,2", [2, 4])],
+    [("auto", [1, 2, 5]), ("none", []), ("3", [3]), ("all", [1, 2, 3, 4, 5, 6]), ("4,2", [2, 4])],
 )
 def test_chosen_solves_are_recorded_and_survive_a_resume(
     folder: Path, chosen: str, steps: list[int], monkeypatch: pytest.MonkeyPatch
@@ -162,6 +162,13 @@ def test_chosen_solves_are_recorded_and_survive_a_resume(
         file.write('{"step": 4, "residual_norm": [1.0]}\n{"step": 5, "resid')
     assert main([*flags, "--steps", "6", "--run-dir", "parts", "--resume", "auto"]) == 0
     assert read(Path("parts/solves.jsonl")) == read(Path("whole/solves.jsonl"))
+
+
+def test_solves_are_chosen_in_each_phase(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dhf.run.closing.draw_run", lambda run, path: path)
+    phases = "[{optimizer: adam, steps: 3}, {optimizer: hf, solver: cg, steps: 5}]"
+    assert main(["--problem", "mine.py:build", "--phases", phases, "--run-dir", "run"]) == 0
+    assert [solve["step"] for solve in read(Path("run/solves.jsonl"))] == [4, 5, 8]
 
 
 def test_a_run_is_overwritten_with_all_it_has_recorded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
