@@ -2,9 +2,10 @@
 
 from dhf.operator.as_scipy import to_scipy
 from dhf.operator.curvatures import Fisher, GaussNewton, Hessian, loss_and_gradient, loss_at
-from dhf.operator.global_operator import Compressed, GlobalOperator, Shifted
+from dhf.operator.global_operator import GlobalOperator
 from dhf.operator.normal_matrix import NormalMatrix
 from dhf.operator.residual_jacobian import ResidualJacobian
+from dhf.operator.shifted import Compressed, Shifted
 
 __all__ = [
     "Compressed",

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import dhf
 from dhf.operator import GlobalOperator
-from dhf.operator.reduction import Whole
+from dhf.operator.whole import Whole
 from dhf.reason import Reason
 from dhf.replay import SteadyMap
 from dhf.solvers import queued
