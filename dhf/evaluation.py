@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -32,6 +33,9 @@ __all__ = [
     "stream_seed",
     "twice_differentiable",
 ]
+
+# modules whose objective holds derivatives itself: a PDE's residuals, say
+_differentiated: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 
 
 def stream_seed(*key: int) -> int:
@@ -160,10 +164,23 @@ def evaluate(
             count = objective.count(batch)
             if count == 0:
                 continue
-            with reproducible(objective, device, seed), twice_differentiable(objective.module, device):
-                total += objective.loss(objective.outputs(batch), batch).double() * count
+            total += _loss(objective, device, batch, seed).double() * count
             weight += count
     return total.item(), weight
+
+
+def _loss(objective: Objective, device: torch.device, batch: Any, seed: int) -> Tensor:
+    """The mean loss over a micro-batch, without a graph; with one in between where the objective takes derivatives itself."""
+    if objective.module not in _differentiated:
+        try:
+            with reproducible(objective, device, seed), twice_differentiable(objective.module, device):
+                return objective.loss(objective.outputs(batch), batch)
+        except RuntimeError as error:
+            if "does not require grad" not in str(error):
+                raise
+            _differentiated.add(objective.module)
+    with torch.enable_grad(), reproducible(objective, device, seed), twice_differentiable(objective.module, device):
+        return objective.loss(objective.outputs(batch), batch).detach()
 
 
 def follows_batch(norm: torch.nn.Module) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import dhf
+from dhf.evaluation import evaluate, micro_batch_seeds
 from dhf.objective import rows, select
 from tests.models import LOSSES, dense, dense_gauss_newton, problem, relative_error
 
@@ -173,3 +174,33 @@ def test_select_takes_samples_of_every_tensor() -> None:
     assert chosen["list"][1] == 1.5
     assert chosen["shared"].shape == (2,)
     assert select((x, y), slice(1, None))[1].tolist() == [20, 30]
+
+
+class _Slopes(dhf.LeastSquares):
+    """Residuals that hold a derivative, as of an ODE, written without a thought of gradients being off."""
+
+    calls = 0
+
+    def outputs(self, batch: Any) -> torch.Tensor:
+        self.calls += 1
+        x = batch[0].detach().requires_grad_(True)
+        y = self.module(x)
+        return torch.autograd.grad(y.sum(), x, create_graph=True)[0] + y
+
+
+def test_residuals_that_take_derivatives_are_evaluated_without_ado() -> None:
+    module = torch.nn.Sequential(
+        torch.nn.Linear(1, 5), torch.nn.Tanh(), torch.nn.Dropout(0.3), torch.nn.Linear(5, 1)
+    ).double()
+    objective = _Slopes(module)
+    x = torch.linspace(0, 1, 7, dtype=torch.float64).view(-1, 1)
+    with dhf.GaussNewton(objective, [(x,)], seed=3) as A:  # under the same random numbers
+        truth = A.loss
+    device, seeds = torch.device("cpu"), micro_batch_seeds(3, 0, 1)
+    for calls in (2, 1):  # the first time it is found out, then known
+        objective.calls = 0
+        total, count = evaluate(objective, device, [(x,)], seeds)
+        assert objective.calls == calls
+        assert total / count == pytest.approx(truth, rel=1e-12)
+    report = dhf.HessianFree(objective, solver="cgls").step([(x,)])
+    assert report.loss_after < report.loss

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from dhf.curvature.forward_mode import outputs_along
-from dhf.curvature.gradient import rows_and_width, scalar_loss
+from dhf.curvature.gradient import require_second_derivatives, rows_and_width, scalar_loss
 from dhf.errors import UsageError
 from dhf.losses import OutputHessian
 from dhf.objective import Objective
@@ -70,7 +70,7 @@ class GaussNewtonGraph:
         self.loss, self.slope, self.output_hessian = loss_in_outputs(objective, parameters, z, batch)
         self.outputs = z.detach()
         self.rows, self.width = rows_and_width(z)
-        self._jacobian = Jacobian(z, parameters.tensors, self.slope)
+        self._jacobian = Jacobian(objective, z, parameters.tensors, self.slope)
         self.gradient: Sequence[Tensor] = self._jacobian.pulled
 
     @staticmethod
@@ -98,18 +98,23 @@ class Jacobian:
     """``∂z/∂θ`` by the graphs of z and of ``Jᵀu``.
 
     Args:
+        objective: Whose outputs they are.
         z: Outputs with their graph.
         tensors: θ.
         u: Any cotangent, of z's shape.
 
     Attributes:
         pulled: ``Jᵀu``.
+
+    Raises:
+        UsageError: If a function is marked once_differentiable.
     """
 
-    def __init__(self, z: Tensor, tensors: Sequence[Tensor], u: Tensor) -> None:
+    def __init__(self, objective: Objective, z: Tensor, tensors: Sequence[Tensor], u: Tensor) -> None:
         self._z, self._tensors = z, tensors
         self._u = u.detach().clone().requires_grad_(True)
         pulled = torch.autograd.grad(z, tensors, self._u, create_graph=True, materialize_grads=True)
+        require_second_derivatives(objective, pulled)
         self.pulled: Sequence[Tensor] = [g.detach() for g in pulled]
         # parameters the outputs do not depend on have no graph
         self._kept = [i for i, g in enumerate(pulled) if g.requires_grad]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,10 @@ from dhf.errors import UsageError
 from dhf.objective import Objective
 from dhf.parameters import Parameters
 
-__all__ = ["GradientGraph", "rows_and_width", "scalar_loss"]
+__all__ = ["GradientGraph", "differentiable_once", "require_second_derivatives", "rows_and_width", "scalar_loss"]
+
+# for each module the kinds of objective that have been looked at
+_examined: weakref.WeakKeyDictionary[torch.nn.Module, set[type]] = weakref.WeakKeyDictionary()
 
 
 class GradientGraph:
@@ -47,6 +51,40 @@ def scalar_loss(objective: Objective, outputs: Tensor, batch: Any) -> Tensor:
             "the loss does not depend on any trainable parameter; check for detach(), .item() or no_grad()"
         )
     return loss.reshape(())
+
+
+def require_second_derivatives(objective: Objective, derivatives: Sequence[Tensor]) -> None:
+    """Refuse first derivatives that autograd would differentiate in part; looked at once per module and kind of objective.
+
+    Raises:
+        UsageError: If a function is marked once_differentiable.
+    """
+    known = _examined.setdefault(objective.module, set())
+    if type(objective) not in known:
+        if differentiable_once(derivatives):
+            raise UsageError(
+                "a torch.autograd.Function of the objective is marked once_differentiable, so that its second derivatives are "
+                "missing; write its backward of differentiable operations and take the mark off"
+            )
+        known.add(type(objective))
+
+
+def differentiable_once(derivatives: Sequence[Tensor]) -> bool:
+    """Whether a function that is marked once_differentiable is in the graph of these derivatives.
+
+    Its node raises only where it is on the only way; elsewhere autograd passes over it, and a second derivative lacks a part.
+    """
+    seen: set[Any] = set()
+    left = [g.grad_fn for g in derivatives]
+    while left:
+        node = left.pop()
+        if node is None or node in seen:
+            continue
+        if node.name() == "torch::autograd::Error":
+            return True
+        seen.add(node)
+        left += [parent for parent, _ in node.next_functions]
+    return False
 
 
 def rows_and_width(outputs: Tensor) -> tuple[int, int]:

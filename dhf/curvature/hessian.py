@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from dhf.curvature.gradient import rows_and_width, scalar_loss
+from dhf.curvature.gradient import require_second_derivatives, rows_and_width, scalar_loss
 from dhf.objective import Objective
 from dhf.parameters import Parameters
 
@@ -29,6 +29,7 @@ class HessianGraph:
         objective.check(outputs, batch)
         loss = scalar_loss(objective, outputs, batch)
         gradient = torch.autograd.grad(loss, parameters.tensors, create_graph=True, materialize_grads=True)
+        require_second_derivatives(objective, gradient)
         self.rows, self.width = rows_and_width(outputs)
         self.loss = loss.detach()
         self.gradient: Sequence[Tensor] = [g.detach() for g in gradient]

@@ -12,7 +12,7 @@ import torch
 from dhf.curvature.gradient import scalar_loss
 from dhf.doctor.conditions import as_in_a_run
 from dhf.doctor.finding import ERROR, WARNING, Section, names, of_error
-from dhf.evaluation import evaluate, follows_batch, micro_batch_seeds
+from dhf.evaluation import follows_batch
 from dhf.objective import Objective
 from dhf.parameters import Parameters
 
@@ -64,25 +64,11 @@ def look_at_loss(objective: Objective, whole: Any, halves: tuple[Any, Any], seed
                 names("parameter", unused),
                 "requires_grad_(False), or take it out of the module",
             )
-        _without_gradients(section, objective, whole, seed)
         with _without_dropout(objective.module), _norms_in_eval(objective.module):
             _is_mean(section, objective, whole, halves, seed)
     except Exception as error:
         section.findings.append(of_error(error, "outputs(batch) or loss(outputs, batch)"))
     return section
-
-
-def _without_gradients(section: Section, objective: Objective, batch: Any, seed: int) -> None:
-    """Whether the loss can be taken with gradients off, as it is at trial points."""
-    try:
-        evaluate(objective, Parameters(objective.module).device, [batch], micro_batch_seeds(seed, 0, 1))
-    except Exception as error:
-        section.find(
-            ERROR,
-            f"the loss cannot be taken with gradients off, as it is at trial points: {of_error(error, '').what}",
-            "outputs(batch) or loss(outputs, batch)",
-            "open torch.enable_grad() around the derivatives that it takes itself",
-        )
 
 
 def _is_mean(section: Section, objective: Objective, whole: Any, halves: tuple[Any, Any], seed: int) -> None:

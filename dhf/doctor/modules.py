@@ -20,7 +20,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call
 
 from dhf.curvature import GaussNewtonGraph, HessianGraph
-from dhf.curvature.gradient import scalar_loss
+from dhf.curvature.gradient import differentiable_once, scalar_loss
 from dhf.doctor.conditions import as_in_a_run
 from dhf.doctor.finding import ERROR, NOTE, WARNING, Finding, Section, names, of_error
 from dhf.errors import UsageError
@@ -166,25 +166,16 @@ def _slope(objective: Objective, parameters: Parameters, batch: Any) -> None:
 
 
 def _refuse_error_nodes(derivatives: Sequence[Tensor]) -> None:
-    """Raise where a function is marked once_differentiable: autograd passes over its error wherever it is not on the only way,
-    and the product lacks a part."""
-    seen: set[Any] = set()
-    left = [g.grad_fn for g in derivatives]
-    while left:
-        node = left.pop()
-        if node is None or node in seen:
-            continue
-        if node.name() == "torch::autograd::Error":
-            raise RuntimeError("a function is marked once_differentiable")
-        seen.add(node)
-        left += [parent for parent, _ in node.next_functions]
+    """Raise where a function is marked once_differentiable."""
+    if differentiable_once(derivatives):
+        raise RuntimeError("a function is marked once_differentiable")
 
 
 def _why(
     objective: Objective, failure: Exception, twice: Mapping[str, Exception | None], kinds: Mapping[str, str]
 ) -> list[Finding]:
     """What stands in the way of second derivatives, by the innermost modules that fail, or by the objective itself."""
-    if isinstance(failure, UsageError):
+    if isinstance(failure, UsageError) and "once_differentiable" not in str(failure):  # whose module can be named
         return [of_error(failure, "the objective")]
     found = []
     for path in _innermost(twice):

@@ -99,7 +99,7 @@ class TracedGaussNewton:
             z = objective.outputs(batch)
             u.extend(_random_like([z]))
             recording.enter(u[0], "u")
-            jacobian = Jacobian(z, parameters.tensors, torch.ones_like(z))
+            jacobian = Jacobian(objective, z, parameters.tensors, torch.ones_like(z))
             first.extend([z.detach(), jacobian.push(v), *jacobian.pull(u[0])])
             return first
 
