@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import math
 import subprocess
 import sys
@@ -139,7 +140,12 @@ print(json.dumps({"kept": A.retained, "of": A.micro_batches, "same": torch.equal
 def in_bounds(policy: str, bound: int) -> dict:
     """What a process found whose address space may grow by ``bound`` bytes."""
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, policy, str(bound)], capture_output=True, text=True, check=False, timeout=120
+        [sys.executable, "-c", PROGRAM, policy, str(bound)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        env=os.environ | {"MALLOC_ARENA_MAX": "1"},  # glibc may set 64 MiB apart for each thread, when they meet
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
