@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, IterableDataset
 
 from dhf.errors import UsageError
 
@@ -38,7 +38,8 @@ def micro_batches(batches: Iterable[Any]) -> list[Any]:
 def require_exact_sampler(loader: DataLoader[Any]) -> None:
     """Raise UsageError if the ranks' shares of a loader do not hold every sample once.
 
-    Known are torch's DistributedSampler, which pads or leaves out to make shares of one size, and Accelerate's BatchSamplerShard.
+    Known are torch's DistributedSampler, which pads or leaves out to make shares of one size, ``drop_last``, and Accelerate's
+    BatchSamplerShard.
     """
     sampler: Any = loader.sampler
     if isinstance(sampler, DistributedSampler):
@@ -50,6 +51,13 @@ def require_exact_sampler(loader: DataLoader[Any]) -> None:
                 f"{what}; give dhf.shard(data, comm), which divides them as they are"
             )
     inner: Any = loader.batch_sampler
+    left = 0
+    if type(inner) is BatchSampler and inner.drop_last and not isinstance(loader.dataset, IterableDataset):
+        left = len(inner.sampler) % inner.batch_size  # type: ignore[arg-type]
+    if left:
+        raise UsageError(
+            f"the loader's drop_last=True leaves out {left} samples, and the objective is a mean over all; give drop_last=False"
+        )
     if type(inner).__name__ == "BatchSamplerShard" and inner.num_processes > 1 and getattr(inner, "even_batches", True):
         raise UsageError(
             "the loader was prepared by Accelerate with even_batches=True, which repeats samples so that all ranks have as many; "

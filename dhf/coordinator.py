@@ -126,12 +126,11 @@ class Coordinator:
             moved: 0-dim tensor, non-zero if this rank's parameters moved under its graph.
         """
         self.see(word, finite, moved)
-        self.tell(word, proposal, failure)
+        self.tell(word, proposal, failure, finite)
 
     def see(self, word: Tensor, finite: Tensor | None, moved: Tensor | None) -> None:
         """Write what is seen in tensors into an entry each, and zero into the others; on a GPU without waiting for it."""
         word.zero_()
-        self._finite = finite
         if finite is not None and word.device.type != "cpu":
             word[_NON_FINITE] = (~torch.isfinite(finite)).to(word.dtype)
         elif finite is not None and not math.isfinite(finite.item()):
@@ -139,9 +138,15 @@ class Coordinator:
         if moved is not None:
             word[_MOVED] = moved.to(word.dtype)
 
-    def tell(self, word: Tensor, proposal: Reason | None, failure: BaseException | None) -> None:
-        """Add what the host knows to a word that has been seen to; where that is nothing, a GPU is left alone."""
-        self._failure = failure
+    def tell(
+        self, word: Tensor, proposal: Reason | None, failure: BaseException | None, finite: Tensor | None = None
+    ) -> None:
+        """Add what the host knows to a word that has been seen to; where that is nothing, a GPU is left alone.
+
+        What was seen may have been seen by a replay, of which the host knows nothing; so ``finite`` is given again, for
+        :meth:`read`.
+        """
+        self._failure, self._finite = failure, finite
         code = float(proposal or 0)
         leads = self.comm.rank == 0
         late = leads and self.deadline is not None and time.monotonic() >= self.deadline

@@ -25,6 +25,7 @@ from dhf.comm import Communicator
 from dhf.coordinator import capture
 from dhf.curvature import GaussNewtonGraph, GradientGraph
 from dhf.curvature.shard import MicroBatch
+from dhf.digest import digest
 from dhf.errors import UsageError
 from dhf.evaluation import reproducible, stream_seed, twice_differentiable
 from dhf.objective import Objective
@@ -96,7 +97,7 @@ def influence(
 
     Raises:
         UsageError: If the curvature is unknown, there is no query, or the outputs have no row per sample.
-        RanksDifferError: If ranks have different numbers of queries.
+        RanksDifferError: If ranks have different queries, as from a loader that shuffles.
         RankError: If code failed on a rank.
 
     Example:
@@ -112,9 +113,10 @@ def influence(
         raise UsageError(f"curvature {curvature!r} is unknown; choose from {', '.join(_MATRICES)}")
     solve = solver or (minres if curvature == "hessian" else cg)
     asked, failure = capture(lambda: list(queries))
+    content, failure = capture(lambda: digest(asked)) if failure is None else ("", failure)
     with _MATRICES[curvature](objective, train, comm=comm, **options) as A:
-        number = str(len(asked)) if asked is not None else ""
-        A.coordinator.require_same({"number of queries": number}, failure=failure)
+        facts = {"number of queries": str(len(asked or ())), "queries": f"hash {content}"}
+        A.coordinator.require_same(facts, failure=failure)
         if not asked:
             raise UsageError("there is no query; give at least one batch")
         if A.in_pieces:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -108,20 +109,21 @@ class Replay:
         device = self._device
         if torch.cuda.is_current_stream_capturing():
             return
-        recording = torch.cuda.CUDAGraph()
+        recording, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
         reserved = torch.cuda.memory_reserved(device)
         collecting = gc.isenabled()
         gc.disable()  # it may free another recording meanwhile, which CUDA does not allow
         try:
             with aside(device):
                 # other threads, those that watch over collectives for one, may go on with what a recording forbids
-                recording.capture_begin(capture_error_mode="thread_local")
+                recording.capture_begin(pool, capture_error_mode="thread_local")
                 try:
                     work()
                 finally:
                     recording.capture_end()
         except Exception as error:
             self.refused = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            _give_up(recording, pool, device)
             return
         finally:
             if collecting:
@@ -133,8 +135,31 @@ class Replay:
         self._recording = recording
 
 
+def _give_up(recording: torch.cuda.CUDAGraph, pool: Any, device: torch.device) -> None:
+    """Take back what a recording that failed has left behind in torch, which takes it to be going on still.
+
+    Its memory would be kept, cached memory would not be freed any more where it is wanting, and in earlier releases neither
+    random numbers could be drawn nor other recordings replayed.
+    """
+    recording.reset()
+    with contextlib.suppress(RuntimeError):  # where the end of the recording has come as far itself
+        torch._C._cuda_endAllocateToPool(_index(device), pool)
+        torch._C._cuda_releasePool(_index(device), pool)
+    with contextlib.suppress(RuntimeError), aside(device):
+        empty = torch.cuda.CUDAGraph()  # one that succeeds sets the generator right
+        empty.capture_begin(capture_error_mode="thread_local")
+        try:
+            torch.zeros(1, device=device)
+        finally:
+            empty.capture_end()
+
+
+def _index(device: torch.device) -> int:
+    return device.index if device.index is not None else torch.cuda.current_device()
+
+
 def _stream(device: torch.device) -> torch.cuda.Stream:
-    index = device.index if device.index is not None else torch.cuda.current_device()
+    index = _index(device)
     if index not in _streams:
         _streams[index] = torch.cuda.Stream(index)
     return _streams[index]

@@ -82,7 +82,8 @@ class LocalDots:
             wide = [self._wide(i, block) for i, block in enumerate(blocks)]
             parts += [torch.dot(wide[i], wide[j]) for i, j in distinct]
         sums = torch.stack(parts).view(-1, len(distinct)).sum(0)
-        return sums if wanted == distinct else sums[[distinct.index(pair) for pair in wanted]]
+        # by a list of indices, a device would wait for the host that sends it, and refuse to be recorded
+        return sums if wanted == distinct else torch.stack([sums[distinct.index(pair)] for pair in wanted])
 
     def _wide(self, slot: int, block: Tensor) -> Tensor:
         if block.dtype == torch.float64:

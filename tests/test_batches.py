@@ -52,11 +52,17 @@ def test_a_data_set_is_no_list_of_micro_batches():
     [
         (distributed(4), "4 shares of one size from 10 samples, and repeats some"),
         (distributed(4, drop_last=True), "and leaves some out; give dhf.shard"),
+        (DataLoader(DATA, batch_size=4, drop_last=True), "drop_last=True leaves out 2 samples"),
     ],
 )
 def test_a_sampler_that_pads_or_drops_is_refused(loader, text):
     with pytest.raises(dhf.UsageError, match=text):
         dhf.HessianFree(objective()).step(loader)
+
+
+def test_a_loader_that_has_nothing_to_drop_is_taken():
+    with dhf.GaussNewton(objective(), DataLoader(DATA, batch_size=5, drop_last=True)) as A:
+        assert A.count == 10
 
 
 def test_a_distributed_sampler_whose_shares_are_even_is_taken():

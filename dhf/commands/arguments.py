@@ -63,6 +63,6 @@ def positive_whole_numbers(flag: str, text: str) -> list[int]:
         UsageError: If it is no such list.
     """
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdigit() and int(part) for part in parts):
+    if not all(part.isdecimal() and int(part) for part in parts):
         raise UsageError(f"{flag} must be steps such as 1,5,10, got {text!r}")
     return [int(part) for part in parts]

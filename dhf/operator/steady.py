@@ -47,7 +47,7 @@ class Steady:
             then()
 
         with self.phases("products"):
-            given = replays.given(v) if self.prepare(v) and v.device.type == "cuda" else None
+            given = replays.given(v) if self.prepare(v) and replays.wanted else None
             if given is None:
                 work()
             else:
@@ -61,6 +61,11 @@ class Replays:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self.forget()
+
+    @property
+    def wanted(self) -> bool:
+        """Whether products are to be recorded."""
+        return self._device.type == "cuda"
 
     def forget(self) -> None:
         """Free it, since the graphs are to be freed or others."""

@@ -50,6 +50,8 @@ class Whole:
         self._word, self._rider_sums = self._head[: Coordinator.WIDTH], self._head[Coordinator.WIDTH :][:riders]
         least = None if bucket_bytes is None else bucket_bytes // parameters.dtype.itemsize
         self._sender: _Sender = _Buckets(coordinator, self._buffer, head, parameters.sizes, least)
+        # of the share that is in the buffer; one tensor, into which a recording writes as well
+        self._finite = torch.zeros((), dtype=parameters.dtype, device=parameters.device)
 
     @property
     def at_once(self) -> bool:
@@ -73,8 +75,8 @@ class Whole:
 
         def see() -> None:
             unbroken = failure is None
-            finite = sender.finish_but_last() + self._rider_sums.sum()
-            self._coordinator.see(self._word, finite if unbroken else None, status.moved() if unbroken else None)
+            torch.add(sender.finish_but_last(), self._rider_sums.sum(), out=self._finite)
+            self._coordinator.see(self._word, self._finite if unbroken else None, status.moved() if unbroken else None)
 
         def share() -> bool:
             self._rider_sums.zero_()
@@ -107,7 +109,9 @@ class Whole:
         self, status: Status, failure: BaseException | None, add: Sequence[tuple[Tensor, float]] = ()
     ) -> tuple[Tensor, Tensor]:
         """The same, with a status word that is still to be read: both are written on a GPU, which is not waited for."""
-        self._coordinator.tell(self._word, status.proposal, failure)
+        # a copy: another share may be written before what was said of this one is read
+        finite = self._finite.clone() if failure is None else None
+        self._coordinator.tell(self._word, status.proposal, failure, finite)
         self._sender.finish()
         for vector, factor in add:
             self._product.add_(vector, alpha=factor)
@@ -162,6 +166,7 @@ class _Buckets:
             for start, size in zip(starts, sizes, strict=True)
         ]
         self._wanted = [self._part_of.count(i) for i in range(len(self._parts))]
+        self._finite = torch.zeros((), dtype=buffer.dtype, device=buffer.device)  # once, for it may be in a recording
 
     @property
     def ready(self) -> Callable[[int], None] | None:
@@ -172,7 +177,7 @@ class _Buckets:
         """Nothing is ready."""
         self._missing = list(self._wanted)
         self._started: list[Pending] = []
-        self._finite = torch.zeros((), dtype=self._buffer.dtype, device=self._buffer.device)
+        self._finite.zero_()
 
     @property
     def end(self) -> int:

@@ -81,7 +81,7 @@ def as_data(given: Any) -> Data:
 def some_of(given: Any, numbers: Sequence[int]) -> Data:
     """The samples of these numbers, batched as the whole is; arguments and errors as :func:`as_data`."""
     data = as_data(given)
-    if isinstance(data.samples, TensorDataset):
+    if type(data.samples) is TensorDataset:
         chosen = torch.as_tensor(numbers, dtype=torch.long)
         return dataclasses.replace(data, samples=TensorDataset(*(t[chosen] for t in data.samples.tensors)))
     return dataclasses.replace(data, samples=Subset(data.samples, numbers))  # type: ignore[arg-type]

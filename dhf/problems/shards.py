@@ -9,7 +9,6 @@ ranks and resumed runs draw alike. It must draw from the global generators of to
 
 from __future__ import annotations
 
-import hashlib
 import random
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -20,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import TensorDataset, default_collate
 
 from dhf.comm import Communicator
+from dhf.digest import digest
 from dhf.errors import UsageError
 from dhf.evaluation import stream_seed
 from dhf.problems.data import Samples, as_data
@@ -120,9 +120,9 @@ class Shard:
         return self._batch_of(mine, 0 if whole else step) if len(mine) else None
 
     def _check_repeatable(self) -> None:
-        if isinstance(self._data, TensorDataset):
+        if type(self._data) is TensorDataset:
             return
-        first, again = (_digest(_samples(self._data, [0], 0, 0)) for _ in range(2))
+        first, again = (digest(_samples(self._data, [0], 0, 0)) for _ in range(2))
         if first != again:
             raise UsageError(
                 "sample 0 of the data is another one each time it is read, so that ranks and steps would not see the same data; "
@@ -222,12 +222,12 @@ def _form(sample: Any) -> str:
 
 
 def _content(data: Samples, samples: int) -> str:
-    if isinstance(data, TensorDataset):
+    if type(data) is TensorDataset:
         size = sum(t.nbytes for t in data.tensors)
         stride = -(-size // _HASHED_BYTES)
-        return _digest([t[::stride] for t in data.tensors])
+        return digest([t[::stride] for t in data.tensors])
     chosen = sorted({round(i) for i in np.linspace(0, samples - 1, 64)})
-    return _digest(_samples(data, chosen, 0, 0))
+    return digest(_samples(data, chosen, 0, 0))
 
 
 def _samples(data: Samples, indices: Iterable[int], seed: int, draw: int) -> list[Any]:
@@ -246,28 +246,6 @@ def _samples(data: Samples, indices: Iterable[int], seed: int, draw: int) -> lis
         random.setstate(python)
         np.random.set_state(legacy)  # noqa: NPY002
     return found
-
-
-def _digest(value: Any) -> str:
-    state = hashlib.blake2b(digest_size=8)
-
-    def take(part: Any) -> None:
-        if isinstance(part, Tensor):
-            state.update(part.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-        elif isinstance(part, np.ndarray):
-            state.update(np.ascontiguousarray(part).tobytes())
-        elif isinstance(part, Mapping):
-            for key in part:
-                take(part[key])
-        elif isinstance(part, (tuple, list)):
-            for item in part:
-                take(item)
-        else:  # the text of any other object may hold its address
-            plain = part is None or isinstance(part, (bool, int, float, str, bytes))
-            state.update((repr(part) if plain else type(part).__qualname__).encode())
-
-    take(value)
-    return state.hexdigest()
 
 
 def _check_finite(values: Tensor, indices: np.ndarray) -> None:

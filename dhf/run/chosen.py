@@ -11,7 +11,7 @@ _WORDS = ("auto", "all", "none")
 
 def check_chosen(chosen: str) -> None:
     """Raise UsageError unless this names steps."""
-    if chosen not in _WORDS and not all(part.strip().isdigit() and int(part) for part in chosen.split(",")):
+    if chosen not in _WORDS and not all(part.strip().isdecimal() and int(part) for part in chosen.split(",")):
         raise UsageError(f"--record-solves {chosen} is unknown; give auto, all, none, or steps such as 1,5,10")
 
 

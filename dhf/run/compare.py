@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from dhf.run.config import WATCHING
 from dhf.run.records import RunRecord
 
 __all__ = ["OWN_METRICS", "differences", "levels_of", "reached", "table"]
@@ -24,7 +25,6 @@ _APART = (
     "stop_signals",
     "timeout",
 )
-_WATCHING = ("monitor", "profile", "record_solves", "tensorboard")
 _WIDEST = 34
 
 # what dhf itself reports of a step; other names are the problem's
@@ -86,7 +86,7 @@ def levels_of(runs: Sequence[RunRecord]) -> list[float]:
 def differences(runs: Sequence[RunRecord]) -> dict[str, list[str]]:
     """The settings that are not the same in all runs that tell them, with each one's value."""
     known = [run.config for run in runs]
-    names = dict.fromkeys(name for config in known for name in config if name not in (*_APART, *_WATCHING))
+    names = dict.fromkeys(name for config in known for name in config if name not in (*_APART, *WATCHING))
     found: dict[str, list[str]] = {}
     for name in names:
         values = [config.get(name) for config in known]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -9,9 +10,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from dhf.coordinator import Coordinator
+from dhf.coordinator import Coordinator, Verdict
 from dhf.estimators import SpectralDensity, TraceEstimate, spectral_density, trace
+from dhf.operator import GlobalOperator
 from dhf.run.point import Point
 from dhf.run.solving import open_operator
 from dhf.solvers import Eigenpairs, eigsh
@@ -54,8 +57,8 @@ class Spectrum:
         n: How many eigenvalues there are.
         loss, gradient_norm: The objective's.
         ends: ``"largest"`` and ``"smallest"``, as far as asked for.
-        trace: An estimate, or None.
-        density: The quadratures, or None.
+        trace: An estimate, or None where none was asked for, or the search was stopped before.
+        density: The quadratures, or None likewise.
         products, seconds: What all of it took.
     """
 
@@ -140,12 +143,33 @@ def look_at_spectrum(point: Point, wanted: Wanted, coordinator: Coordinator) -> 
                     seed=seed,
                     vectors=False,
                 )
-        found = trace(A, products=min(wanted.trace_products, n), seed=seed) if wanted.trace_products else None
-        density = None
-        if wanted.density_samples:
-            density = spectral_density(A, samples=wanted.density_samples, steps=wanted.density_steps, seed=seed)
+        found = density = None
+        with contextlib.suppress(_Stopped):
+            seen = _Watched(A, coordinator)
+            if wanted.trace_products:
+                found = trace(seen, products=min(wanted.trace_products, n), seed=seed)
+            if wanted.density_samples:
+                density = spectral_density(seen, samples=wanted.density_samples, steps=wanted.density_steps, seed=seed)
         norm = math.sqrt(A.space.dots((A.gradient, A.gradient))[0])
         return Spectrum(n, A.loss, norm, ends, found, density, A.products, time.perf_counter() - began)
+
+
+class _Stopped(Exception):
+    """A signal has come; on all ranks, with the same product."""
+
+
+class _Watched:
+    """An operator for estimators, which take all their products unless they are stopped."""
+
+    def __init__(self, A: GlobalOperator, coordinator: Coordinator) -> None:
+        self._A, self._coordinator = A, coordinator
+        self.shape, self.dtype, self.device, self.space = A.shape, A.dtype, A.device, A.space
+
+    def apply(self, v: Tensor) -> tuple[Tensor, Verdict]:
+        """As :meth:`GlobalOperator.apply`; raises _Stopped."""
+        if self._coordinator.stopping is not None:
+            raise _Stopped
+        return self._A.apply(v)
 
 
 def _pairs(found: Eigenpairs) -> dict[str, Any]:

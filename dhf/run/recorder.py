@@ -35,11 +35,15 @@ class Recorder:
             solve = solve_row(row["step"], report)
             self._write("solves", lambda: self._directory.append_solve(solve))
         if self._events is not None:
-            try:
-                self._events.step(row)
-            except OSError as error:
-                self._say(f"warning: no more events for TensorBoard, since they cannot be written: {error}")
-                self._events = None
+            events = self._events
+            self._try_events(lambda: events.step(row))
+
+    def _try_events(self, write: Callable[[], None]) -> None:
+        try:
+            write()
+        except OSError as error:
+            self._say(f"warning: no more events for TensorBoard, since they cannot be written: {error}")
+            self._events = None
 
     def _write(self, what: str, append: Callable[[], None]) -> None:
         try:
@@ -50,7 +54,7 @@ class Recorder:
     def close(self) -> None:
         """Close what is open."""
         if self._events is not None:
-            self._events.close()
+            self._try_events(self._events.close)
 
 
 def solve_row(step: int, report: StepReport) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from torch import Tensor
 from dhf.reason import Reason
 from dhf.replay import Replay, SteadyMap
 from dhf.solvers.cg import ConjugateGradients
+from dhf.solvers.krylov import own_work
 from dhf.solvers.linear_operator import Agreement, QueueingOperator
 from dhf.solvers.symmetry import SymmetryCheck
 from dhf.vector_space import LocalDots
@@ -65,6 +66,7 @@ class QueuedConjugateGradients(ConjugateGradients):
         self._launch = precondition.launch if isinstance(precondition, SteadyMap) else self.precondition
         self._replays: dict[bool, Replay] = {}
         self._told: list[float] = []
+        self._failure: Exception | None = None
 
     def start(self, first: tuple[Tensor, Agreement] | None) -> Reason | None:
         """Set out from x, of which ``first`` is the product."""
@@ -78,17 +80,20 @@ class QueuedConjugateGradients(ConjugateGradients):
     def ask(self, reason: Reason | None, failure: Exception | None) -> tuple[Tensor, Agreement]:
         """A p and the step along it; or A x, where the solve is to end."""
         begun, self._begun = self._begun, False
+        failure = failure or self._failure
         if reason is not None or failure is not None:
             return super().ask(reason, failure)
         began = time.perf_counter()
         if not begun:
             self.A.start(self.p)
         product, word, diagonal = self.A.send()
-        self._queue_step(product, word, diagonal)
+        _, self._failure = own_work(lambda: self._queue_step(product, word, diagonal))
+        if self._failure is not None:  # the others read a verdict now, and learn of it with the next product
+            self._numbers[: len(word)].copy_(word)
         self._host.copy_(self._numbers, non_blocking=True)
         if self._copied is not None:
             self._copied.record()
-        if self._brief and self.k + 1 < self._limit:
+        if self._brief and self._failure is None and self.k + 1 < self._limit:
             self.A.start(self.p)
             self._begun = True
         if self._copied is not None:
@@ -101,7 +106,9 @@ class QueuedConjugateGradients(ConjugateGradients):
         return product, agreed
 
     def advance(self, product: Tensor) -> Reason | None:
-        """Take note of the step that :meth:`ask` has made."""
+        """Take note of the step that :meth:`ask` has made; raises what failed in it."""
+        if self._failure is not None:
+            raise self._failure
         pAp, pp, ApAp, zAp, rr, rho, zAp_next = self._told
         violated, beta = False, rho / self.rho if self.rho else 0.0
         if self._z is not None and self._symmetry is not None:

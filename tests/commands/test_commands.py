@@ -158,6 +158,7 @@ def test_a_spectrum_is_drawn_alone_or_with_a_run(here: Path, capsys: pytest.Capt
         (plot, ["runs/hf", "--theme", "grey"], "--theme 'grey' is unknown; choose from light, dark, both"),
         (plot, ["runs/hf", "--solvs", "1"], "unknown setting --solvs; did you mean --solves?"),
         (plot, ["runs/hf", "--solves", "one"], "--solves must be steps such as 1,5,10, got 'one'"),
+        (plot, ["runs/hf", "--solves", "²"], "--solves must be steps such as 1,5,10, got '²'"),
         (plot, ["runs/hf", "--solves", "4"], "the solve of step 4 was not recorded; train with --record-solves 4"),
         (plot, ["runs/hf", "--spectrum", "runs"], "runs cannot be read: Is a directory"),
         (plot, ["runs/hf", "--output", "mine.py"], "mine.py cannot be made: File exists; give another --output"),

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 
 from dhf.__main__ import main
+from dhf.estimators import trace
 from dhf.run.spectrum import read_spectrum
 from tests.commands.problem_file import built, matrix, write_file
 
@@ -113,3 +116,17 @@ def test_what_has_not_converged_is_an_error_only_when_asked(spectrum, capsys):
     assert spectrum(*few) == 0
     assert "largest   iteration limit" in capsys.readouterr().out
     assert spectrum(*few, "--error-if-not-converged") == 4
+
+
+def test_a_signal_ends_it_with_what_it_has(spectrum, monkeypatch):
+    def stopped(*args, **options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return trace(*args, **options)
+
+    monkeypatch.setattr("dhf.run.eigenvalues.trace", stopped)
+    assert spectrum("--largest", "2", "--trace-products", "20", "--output", "s.json") == 75
+    found = json.loads(Path("s.json").read_text())
+    assert found["largest"]["converged"]
+    assert "trace" not in found
+    assert "density" not in found
+    assert found["products"] < found["largest"]["products"] + 20

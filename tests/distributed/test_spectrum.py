@@ -171,7 +171,7 @@ def test_nan_on_one_rank_ends_all() -> None:
 
 
 def failing(comm: Communicator, what: str) -> None:
-    """Products that raise on rank 1, different starts for SciPy, or different numbers of queries."""
+    """Products that raise on rank 1, different starts for SciPy, or different queries."""
     objective, batch = problem("mlp", "mse", SAMPLES)
     mine = my_batches(comm, batch, SHARDS["even"][2], 1)
     with dhf.Hessian(objective, mine, comm=comm) as A:
@@ -179,6 +179,8 @@ def failing(comm: Communicator, what: str) -> None:
             A.to_scipy().matvec(torch.full((43,), 1.0 + comm.rank).double().numpy())
         elif what == "query":
             dhf.influence(objective, mine, [batch] * (1 + comm.rank), comm=comm)
+        elif what == "order of queries":
+            dhf.influence(objective, mine, split(batch, [1] * SAMPLES)[:: -1 if comm.rank else 1], comm=comm)
         elif comm.rank == 1:
             A._shard.product = failed  # type: ignore[method-assign, union-attr]
         if what == "eigsh":
@@ -199,6 +201,7 @@ def failed(*_: Any, **__: Any) -> None:
         ("trace", "RankError", "LookupError: no such block"),
         ("scipy", "RanksDifferError", "give SciPy's solver the same start"),
         ("query", "RanksDifferError", "number of queries: 2 there, 1 on rank 0"),
+        ("order of queries", "RanksDifferError", "rank 1 differs from rank 0 in queries: hash"),
     ],
 )
 def test_what_goes_wrong_on_one_rank_reaches_all(what: str, error: str, words: str) -> None:

@@ -24,7 +24,7 @@ from torch.utils.data import (
 
 import dhf
 from dhf.problems import Shard
-from dhf.problems.data import as_data
+from dhf.problems.data import as_data, some_of
 from tests.ranks import ranks
 
 N = 11
@@ -188,3 +188,27 @@ def test_padding_in_a_collate_fn_does_not_name_a_wrong_sample():
     x[5, 1] = float("nan")
     with pytest.raises(dhf.UsageError, match="one of samples 4 to 7 of the data holds NaN"):
         dhf.shard(DataLoader(TensorDataset(x, Y), batch_size=4, collate_fn=packed))
+
+
+class Transformed(TensorDataset):
+    """Tensors whose samples are made of them, not slices of them."""
+
+    def __init__(self, factor: float, noise: float = 0.0) -> None:
+        super().__init__(X, Y)
+        self.factor, self.noise = factor, noise
+        self.own = torch.Generator().manual_seed(1)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, ...]:
+        x, y = super().__getitem__(index)
+        return self.factor * x + self.noise * torch.randn(3, generator=self.own), y
+
+
+def test_samples_that_a_subclass_makes_of_tensors_are_taken_as_it_makes_them() -> None:
+    def facts(data: Dataset) -> dict[str, str]:
+        return Shard(data, 0, 1, device=torch.device("cpu"), dtype=None).facts()
+
+    some = Shard(some_of(Transformed(2.0), [3, 1]), 0, 1, device=torch.device("cpu"), dtype=None)
+    assert torch.equal(some.batches(0)[0][0], 2 * X[[3, 1]])
+    assert facts(Transformed(2.0)) != facts(Transformed(3.0))  # as two ranks might hold them
+    with pytest.raises(dhf.UsageError, match="another one each time"):
+        dhf.shard(Transformed(1.0, noise=1.0))

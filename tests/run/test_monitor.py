@@ -178,10 +178,11 @@ def test_a_run_is_overwritten_with_all_it_has_recorded(folder: Path, monkeypatch
     assert read(Path("run/solves.jsonl")) == []
 
 
-def test_a_solve_that_cannot_be_named_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--record-solves", "first"]) == 2
+@pytest.mark.parametrize("steps", ["first", "0", "²", "1,"])
+def test_a_solve_that_cannot_be_named_is_refused(folder: Path, capsys: pytest.CaptureFixture[str], steps: str) -> None:
+    assert main(["--record-solves", steps]) == 2
     assert capsys.readouterr().err == (
-        "error: --record-solves first is unknown; give auto, all, none, or steps such as 1,5,10\n"
+        f"error: --record-solves {steps} is unknown; give auto, all, none, or steps such as 1,5,10\n"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 from pathlib import Path
@@ -10,6 +11,9 @@ from typing import Any
 import pytest
 
 from dhf.errors import UsageError
+from dhf.run.config import Config
+from dhf.run.directory import RunDirectory
+from dhf.run.recorder import Recorder
 from dhf.run.records import read_run, read_runs
 
 
@@ -57,3 +61,24 @@ def test_names_are_the_ends_of_paths_that_differ(tmp_path: Path) -> None:
     assert [run.name for run in read_runs(paths[1:])] == ["hf", "adam"]
     assert [run.name for run in read_runs(paths)] == ["a/hf", "b/hf", "b/adam"]
     assert [run.name for run in read_runs([paths[0], paths[0]])] == ["hf", "hf"]
+
+
+def test_a_full_disk_ends_the_events_and_not_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full:
+        """Stands for TensorBoard's events, on a disk that is full when they are closed."""
+
+        def __init__(self, *_: Any) -> None:
+            self.closed = 0
+
+        def close(self) -> None:
+            self.closed += 1
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("dhf.run.recorder.Events", Full)
+    said: list[str] = []
+    recorder = Recorder(RunDirectory(tmp_path), Config(tensorboard=True), 0, said.append)
+    recorder.close()
+    recorder.close()
+    assert len(said) == 1
+    assert "no more events for TensorBoard" in said[0]
+    assert "No space left on device" in said[0]

@@ -159,7 +159,9 @@ def test_a_broken_product_ends_the_solve_where_it_stands(device: str, monkeypatc
 
             monkeypatch.setattr(shard, "product", product)
             monkeypatch.setattr("dhf.replay.Replay._record", lambda *_: None)  # the fault is the host's
-            return dhf.cg(A.shifted(1e-3), -A.gradient, rtol=1e-12)
+            solution = dhf.cg(A.shifted(1e-3), -A.gradient, rtol=1e-12)
+            assert A.non_finite == {0: None}  # though the product that was begun meanwhile is finite
+            return solution
 
     plain, ahead = both(monkeypatch, solve)
     assert plain.reason is Reason.NON_FINITE
