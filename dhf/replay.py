@@ -141,8 +141,9 @@ def _give_up(recording: torch.cuda.CUDAGraph, pool: Any, device: torch.device) -
     Its memory would be kept, cached memory would not be freed any more where it is wanting, and in earlier releases neither
     random numbers could be drawn nor other recordings replayed.
     """
-    recording.reset()
-    with contextlib.suppress(RuntimeError):  # where the end of the recording has come as far itself
+    with contextlib.suppress(RuntimeError):
+        recording.reset()
+    with contextlib.suppress(RuntimeError, AttributeError):  # where the end of the recording has come as far itself
         torch._C._cuda_endAllocateToPool(_index(device), pool)
         torch._C._cuda_releasePool(_index(device), pool)
     with contextlib.suppress(RuntimeError), aside(device):
