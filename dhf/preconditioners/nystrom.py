@@ -65,9 +65,10 @@ class Nystrom:
             self._applied += 1
 
         def apply(r: Tensor) -> Tensor:
-            inner = U.T @ r
             if operator.in_pieces:
-                inner = operator.coordinator.total(lambda: inner, inner.shape, inner)
+                inner = operator.coordinator.total(lambda: U.T @ r, (U.shape[1],), r)
+            else:
+                inner = U.T @ r
             return r + U @ (scale * inner)
 
         return SteadyMap(apply, count)
