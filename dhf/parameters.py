@@ -34,7 +34,8 @@ class Parameters:
         device: The one device they share.
 
     Raises:
-        UsageError: If nothing is trainable, the dtypes or devices differ or cannot be used, or a pattern fits no name.
+        UsageError: If nothing is trainable, the dtypes or devices differ or cannot be used, a pattern fits no name, or there is
+            no pattern.
 
     Example:
         >>> import torch
@@ -152,6 +153,8 @@ def _matching(module: torch.nn.Module, patterns: Sequence[str]) -> set[int]:
     """The ids of trainable parameters whose name, or another one of a tied parameter's, fits a pattern."""
     named = [(name, p) for name, p in module.named_parameters(remove_duplicate=False) if p.requires_grad]
     found: set[int] = set()
+    if not patterns:
+        raise UsageError("parameters names none; give names or patterns such as 'layers.2.*', or leave it out for all")
     for pattern in patterns:
         fits = {
             id(p)

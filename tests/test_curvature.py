@@ -670,3 +670,12 @@ def test_a_vector_that_is_not_finite_is_not_blamed_on_the_data() -> None:
         pytest.raises(ValueError, match="the vector of the product holds NaN or infinity itself"),
     ):
         A @ torch.full((43,), float("nan"), dtype=torch.float64)
+
+
+def test_a_product_that_overflows_is_not_blamed_on_a_vector_that_is_finite() -> None:
+    objective, batch = problem()
+    with (
+        dhf.Hessian(objective, [batch]) as A,
+        pytest.raises(dhf.NonFiniteError, match="the product holds NaN or infinity, from rank 0"),
+    ):
+        A @ torch.full((A.shape[0],), 1e308, dtype=torch.float64)

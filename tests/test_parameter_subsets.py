@@ -44,6 +44,8 @@ def test_a_tied_parameter_goes_by_any_of_its_names_and_a_frozen_one_by_none() ->
 
 
 def test_a_pattern_that_fits_nothing_is_named() -> None:
+    with pytest.raises(dhf.UsageError, match=r"parameters names none; give names or patterns such as 'layers\.2\.\*'"):
+        Parameters(mlp(), [])
     with pytest.raises(
         dhf.UsageError, match=r"'0\.wieght' fits the name of no trainable parameter; a name is '0\.weight'"
     ):

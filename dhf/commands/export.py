@@ -94,10 +94,13 @@ def _write_events(folder: Path, rows: Iterable[dict[str, Any]]) -> None:
 
     if folder.exists() and any(folder.glob("events.out.tfevents.*")):
         raise UsageError(f"{folder} holds events already, and TensorBoard would show both; give another --output")
-    events = Events(folder)
-    for row in rows:
-        events.step(row)
-    events.close()
+    try:
+        events = Events(folder)
+        for row in rows:
+            events.step(row)
+        events.close()
+    except OSError as error:
+        raise UsageError(f"{folder} cannot be written: {error.strerror or error}") from None
 
 
 if __name__ == "__main__":

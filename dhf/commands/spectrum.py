@@ -102,6 +102,8 @@ def _check(own: SpectrumFlags) -> None:
     if own.picture is not None:
         if Path(own.picture).suffix not in (".png", ".svg"):
             raise UsageError(f"--picture {own.picture} must end in .png or .svg")
+        if not (own.largest or own.smallest or own.density_samples):
+            raise UsageError("--picture has nothing to draw; give --largest, --smallest or --density-samples")
         require_matplotlib()
 
 
@@ -182,7 +184,7 @@ def _write(own: SpectrumFlags, result: dict[str, Any]) -> list[str]:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, json.dumps(result, indent=2) + "\n")
             written.append(str(path))
-        if own.picture is not None:
+        if own.picture is not None and (result["eigenvalues"] or "density" in result):  # as far as a signal let it come
             from dhf.run.spectrum import draw_spectrum
             from dhf.run.theme import LIGHT
 

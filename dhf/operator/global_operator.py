@@ -186,7 +186,8 @@ class GlobalOperator:
         """
         product, verdict = self.apply(v)
         if verdict.reason is Reason.NON_FINITE:
-            if not all(math.isfinite(x) for x in self.space.dots((v, v))):
+            nothing = v * 0.0  # whose square, unlike that of v, cannot overflow
+            if not all(math.isfinite(x) for x in self.space.dots((nothing, nothing))):
                 raise ValueError("the vector of the product holds NaN or infinity itself")
             raise NonFiniteError(
                 f"the product holds NaN or infinity, from {places_in_words(self.non_finite)}; look at its data",

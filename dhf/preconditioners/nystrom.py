@@ -65,9 +65,9 @@ class Nystrom:
             self._applied += 1
 
         def apply(r: Tensor) -> Tensor:
-            inner = U.T @ r
-            if operator.in_pieces:
-                inner = operator.coordinator.total(lambda: inner, inner.shape, inner)
+            if not operator.in_pieces:
+                return r + U @ (scale * (U.T @ r))
+            inner = operator.coordinator.total(lambda: U.T @ r, (U.shape[1],), r)
             return r + U @ (scale * inner)
 
         return SteadyMap(apply, count)

@@ -21,7 +21,6 @@ from torch.utils.data import (
     IterableDataset,
     RandomSampler,
     SequentialSampler,
-    Subset,
     TensorDataset,
     default_collate,
 )
@@ -30,7 +29,7 @@ from dhf.byte_size import bytes_in_words
 from dhf.errors import UsageError
 from dhf.memory import available_memory
 
-__all__ = ["Data", "Samples", "as_data", "some_of"]
+__all__ = ["Chosen", "Data", "Samples", "as_data", "some_of"]
 
 Samples = Dataset[Any] | Sequence[Any]  # with len() and []
 
@@ -54,6 +53,24 @@ class Data:
 
     def __len__(self) -> int:
         return len(self.samples)  # type: ignore[arg-type]
+
+
+class Chosen(Dataset[Any]):
+    """Some samples of a data set, which keep the random numbers of their places in it.
+
+    Args:
+        samples: The data set.
+        numbers: The samples' places in it.
+    """
+
+    def __init__(self, samples: Samples, numbers: Sequence[int]) -> None:
+        self._samples, self.numbers = samples, numbers
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, i: int) -> Any:
+        return self._samples[self.numbers[i]]
 
 
 def as_data(given: Any) -> Data:
@@ -84,7 +101,7 @@ def some_of(given: Any, numbers: Sequence[int]) -> Data:
     if type(data.samples) is TensorDataset:
         chosen = torch.as_tensor(numbers, dtype=torch.long)
         return dataclasses.replace(data, samples=TensorDataset(*(t[chosen] for t in data.samples.tensors)))
-    return dataclasses.replace(data, samples=Subset(data.samples, numbers))  # type: ignore[arg-type]
+    return dataclasses.replace(data, samples=Chosen(data.samples, numbers))
 
 
 def _of_loader(loader: DataLoader[Any]) -> Data:

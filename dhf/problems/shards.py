@@ -22,7 +22,7 @@ from dhf.comm import Communicator
 from dhf.digest import digest
 from dhf.errors import UsageError
 from dhf.evaluation import stream_seed
-from dhf.problems.data import Samples, as_data
+from dhf.problems.data import Chosen, Samples, as_data
 
 __all__ = ["Shard", "shard"]
 
@@ -237,7 +237,7 @@ def _samples(data: Samples, indices: Iterable[int], seed: int, draw: int) -> lis
     try:
         with torch.random.fork_rng(devices=[]):
             for i in map(int, indices):
-                own = stream_seed(seed, draw, i)
+                own = stream_seed(seed, draw, data.numbers[i] if isinstance(data, Chosen) else i)
                 random.seed(own)
                 np.random.seed(own & 0xFFFFFFFF)  # noqa: NPY002
                 torch.random.default_generator.manual_seed(own)

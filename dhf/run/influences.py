@@ -110,7 +110,8 @@ def score_queries(point: Point, asked: Asked, coordinator: Coordinator) -> Score
     optimizer = point.parts.optimizer
     assert isinstance(optimizer, HessianFree)
     data = point.parts.problem.validation if asked.held_out else point.parts.problem.train
-    shard = functools.partial(Shard, device=comm.device, dtype=Parameters(objective.module).dtype, micro_batch_size=1)
+    dtype = Parameters(objective.module).dtype
+    shard = functools.partial(Shard, device=comm.device, dtype=dtype, micro_batch_size=1, seed=config.seed)
     queries = coordinator.attempt(lambda: shard(some_of(data, asked.queries), 0, 1).batches(0))
     batches = coordinator.attempt(lambda: point.train.batches(0))
     found = influence(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import math
 import os
@@ -325,6 +326,17 @@ def without_tensorboard(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *rest: None if name == "tensorboard" else find(name, *rest)
     )
+
+
+def test_events_that_cannot_be_written_are_an_error_in_words(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("dhf.run.events.Events", full)
+    assert export.main(["runs/hf", "--to", "tensorboard", "--output", "events"]) == 2
+    assert capsys.readouterr().err == "error: events cannot be written: No space left on device\n"
 
 
 def test_without_tensorboard_it_is_said_how_to_get_it(

@@ -101,6 +101,11 @@ def test_the_picture_and_the_file_that_plot_takes(spectrum, capsys):
         (["--largest", "-1"], "--largest must not be negative, got -1"),
         (["--tol", "2"], "--tol must be in (0, 1), got 2.0"),
         (["--picture", "s.txt"], "--picture s.txt must end in .png or .svg"),
+        (
+            ["--picture", "s.png", "--largest", "0", "--density-samples", "0"],
+            "--picture has nothing to draw; give --largest",
+        ),
+        (["--parameters", " , "], "parameters names none; give names or patterns such as 'layers.2.*'"),
         (["--output", "mine.py/s.json"], "cannot be written"),
     ],
 )

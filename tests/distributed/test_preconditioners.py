@@ -155,3 +155,20 @@ def test_rank_0_alone_names_what_kfac_does_not_cover() -> None:
     first, *others = ranks(3, told)
     assert len(first) == 1
     assert not any(others)
+
+
+def applied_in_pieces(comm: Communicator) -> None:
+    """Nystrom applied with rows on rank 1 that do not fit the vectors."""
+    objective, batch = objective_of("mse")
+    with dhf.GaussNewton(objective, [batch], comm=comm, vectors="sharded") as A:
+        nystrom = Nystrom(rank=4, refresh=9)
+        nystrom(A, 0.1)
+        if comm.rank == 1:
+            nystrom._vectors = nystrom._vectors[:-1]
+        dhf.cg(A.shifted(0.1), A.gradient, preconditioner=nystrom(A, 0.1))
+
+
+def test_what_fails_within_a_preconditioner_on_one_rank_is_raised_on_all() -> None:
+    for outcome in try_ranks(2, applied_in_pieces):
+        assert (outcome.type, outcome.rank) == ("RankError", 1)
+        assert "size mismatch" in outcome.text

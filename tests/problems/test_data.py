@@ -212,3 +212,21 @@ def test_samples_that_a_subclass_makes_of_tensors_are_taken_as_it_makes_them() -
     assert facts(Transformed(2.0)) != facts(Transformed(3.0))  # as two ranks might hold them
     with pytest.raises(dhf.UsageError, match="another one each time"):
         dhf.shard(Transformed(1.0, noise=1.0))
+
+
+class Drawn(Dataset):
+    """Samples that are drawn at random, as by augmentation."""
+
+    def __len__(self) -> int:
+        return N
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return index + torch.rand(3)
+
+
+def test_chosen_samples_are_those_of_the_whole() -> None:
+    whole, some = (
+        Shard(data, 0, 1, device=torch.device("cpu"), dtype=None, seed=5).batches(0)[0]
+        for data in (Drawn(), some_of(Drawn(), [7, 2]))
+    )
+    assert torch.equal(some, whole[[7, 2]])
