@@ -277,6 +277,21 @@ def test_what_is_counted_is_what_graphs_save() -> None:
     del y
 
 
+def test_outputs_that_carry_slopes_forward_can_be_measured() -> None:
+    """Forward mode saves the zero slopes of hidden weights as tensors that have no storage."""
+
+    class Slope(dhf.LeastSquares):
+        def outputs(self, batch: Tensor) -> Tensor:
+            u, slope = torch.func.jvp(self.module, (batch,), (torch.ones_like(batch),))
+            return slope + u
+
+    network = nn.Sequential(nn.Linear(1, 5), nn.Tanh(), nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 1)).double()
+    t = torch.linspace(0, 1, 12, dtype=torch.float64).view(-1, 1)
+    v = torch.ones(Parameters(network).numel, dtype=torch.float64)
+    with dhf.GaussNewton(Slope(network), [t]) as whole, dhf.GaussNewton(Slope(network), list(t.split(5))) as parts:
+        assert relative_error(parts @ v, whole @ v) < 1e-12
+
+
 def test_sizes_are_those_of_all_tensors_in_a_batch() -> None:
     batch = {"a": torch.zeros(3, 4), "b": (torch.zeros(3), "text", [torch.zeros(2, 2)])}
     assert size_of(batch) == 12 + 3 + 4
