@@ -21,6 +21,7 @@ from dhf.objective import Objective
 
 __all__ = [
     "check_module",
+    "dropping",
     "evaluate",
     "follows_batch",
     "full_precision",
@@ -133,6 +134,20 @@ def check_module(module: torch.nn.Module) -> None:
                 "use eval() for it, or GroupNorm or LayerNorm",
                 stacklevel=3,
             )
+
+
+def dropping(module: torch.nn.Module) -> list[str]:
+    """The names of the submodules whose dropout is on."""
+    found = []
+    for path, m in module.named_modules():
+        rate = m.p if isinstance(m, torch.nn.modules.dropout._DropoutNd) else 0.0
+        if isinstance(m, torch.nn.RNNBase) and m.num_layers > 1:
+            rate = m.dropout
+        if isinstance(m, torch.nn.MultiheadAttention):
+            rate = m.dropout
+        if m.training and rate > 0:
+            found.append(path)
+    return found
 
 
 def moving_buffers(module: torch.nn.Module) -> list[Tensor]:

@@ -196,6 +196,16 @@ def test_the_report_ends_with_what_to_change(capsys):
     assert "ready" not in lines
 
 
+def test_a_fault_that_is_no_matter_of_derivatives_is_told_once(capsys):
+    flags = ("--problem", f"{FAULTS}:build", "--options.fault", "shapes", "--threads", "1")
+    assert main(["doctor", *flags]) == EXIT_CHANGE
+    out = capsys.readouterr().out
+    changes = " ".join(out[out.index("to change") :].split())
+    assert changes.count("error") == 1
+    assert "mat1 and mat2 shapes cannot be multiplied" in changes
+    assert "differentiated twice" not in out
+
+
 def test_a_problem_that_cannot_be_built_is_a_finding(capsys):
     code, findings, _ = look(capsys, None, "--problem", "nowhere.py:build")
     assert code == EXIT_CHANGE
