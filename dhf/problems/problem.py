@@ -30,8 +30,8 @@ class Problem:
             there is none, makes of samples.
         validation: The same, held out; dhf reports its loss over all ranks. None for none.
         metrics: ``metrics(module)`` gives more numbers by name, taken on rank 0 after a step; None for none.
-        pictures: ``pictures(module, folder)`` draws files into a folder at the end, on rank 0, and returns their paths. Under
-            ``dhf plot``, matplotlib's settings are those of the ground and format asked for: a figure made by
+        pictures: ``pictures(module, folder)`` draws files into a folder at the end, on rank 0, and returns their paths, or
+            None. Under ``dhf plot``, matplotlib's settings are those of the ground and format asked for: a figure made by
             ``matplotlib.figure.Figure`` follows them, and so does ``savefig`` to a name without suffix.
         dtype: ``"float32"``, ``"float64"`` or torch's dtype of that name: what parameters and data become where the user does
             not say otherwise. By default that of the parameters where all of them are float64, else float32. A str once made.
@@ -45,7 +45,7 @@ class Problem:
     train: Dataset[Any] | Sequence[Any] | DataLoader[Any] | Iterable[Any] | Data
     validation: Dataset[Any] | Sequence[Any] | DataLoader[Any] | Iterable[Any] | Data | None = None
     metrics: Callable[[torch.nn.Module], Mapping[str, float]] | None = None
-    pictures: Callable[[torch.nn.Module, Path], list[Path]] | None = None
+    pictures: Callable[[torch.nn.Module, Path], list[Path] | None] | None = None
     dtype: Literal["float32", "float64"] | torch.dtype | None = None
 
     def __post_init__(self) -> None:
