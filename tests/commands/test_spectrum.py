@@ -99,6 +99,7 @@ def test_the_picture_and_the_file_that_plot_takes(spectrum, capsys):
         (["--tol", "2"], "--tol must be in (0, 1), got 2.0"),
         (["--picture", "s.txt"], "--picture s.txt must end in .png or .svg"),
         (["--output", "mine.py/s.json"], "cannot be written"),
+        (["--output", "s.csv"], "--output s.csv must end in .json"),
     ],
 )
 def test_what_cannot_be_used_is_one_line_and_2(spectrum, capsys, flags, words):
