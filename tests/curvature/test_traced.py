@@ -307,7 +307,10 @@ def test_recurrent_layers_in_float32_are_recorded(name: str) -> None:
     objective = dhf.Objective(RECURRENT[name](), nn.MSELoss())
     batch = torch.randn(4, 8, 2), torch.randn(4, 2)
     before = torch._C._get_mkldnn_enabled()
-    with dhf.GaussNewton(objective, [batch]) as kept, dhf.GaussNewton(objective, [batch], products="traced") as recorded:
+    with (
+        dhf.GaussNewton(objective, [batch]) as kept,
+        dhf.GaussNewton(objective, [batch], products="traced") as recorded,
+    ):
         v = torch.ones_like(kept.gradient)
         assert (recorded @ v - kept @ v).norm() < 1e-5 * (kept @ v).norm()
     assert operations(objective).total() > 0
