@@ -22,6 +22,7 @@ from dhf.objective import Objective
 
 __all__ = [
     "check_module",
+    "dropping",
     "evaluate",
     "follows_batch",
     "full_precision",
@@ -87,7 +88,7 @@ def reproducible(
 
 @contextlib.contextmanager
 def twice_differentiable(module: torch.nn.Module, device: torch.device) -> Iterator[None]:
-    """Use kernels with a second derivative: composed attention, no fused encoder layers, no cuDNN RNN."""
+    """Use kernels with a second derivative: composed attention, no fused encoder layers, no cuDNN RNN, no oneDNN LSTM."""
     fastpath = torch.backends.mha.get_fastpath_enabled()
     recurrent = device.type == "cuda" and any(isinstance(m, torch.nn.RNNBase) for m in module.modules())
     torch.backends.mha.set_fastpath_enabled(False)
@@ -97,9 +98,30 @@ def twice_differentiable(module: torch.nn.Module, device: torch.device) -> Itera
             stack.enter_context(full_precision(device))
             if recurrent:
                 stack.enter_context(torch.backends.cudnn.flags(enabled=False, allow_tf32=False))
+            if device.type == "cpu" and _lstm_alone(module):
+                stack.enter_context(_without_onednn())
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
+
+
+def _lstm_alone(module: torch.nn.Module) -> bool:
+    """Whether there are LSTMs, and no convolutions, which would lose more than LSTMs gain."""
+    kinds = [type(m) for m in module.modules()]
+    return any(issubclass(kind, torch.nn.LSTM) for kind in kinds) and not any(
+        issubclass(kind, torch.nn.modules.conv._ConvNd) for kind in kinds
+    )
+
+
+@contextlib.contextmanager
+def _without_onednn() -> Iterator[None]:
+    """Its LSTM in float32 is one operation, with neither a recording nor a forward derivative."""
+    before = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)  # torch.backends.mkldnn.flags sets TF32, too, and warns of it
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(before)
 
 
 @contextlib.contextmanager
@@ -137,6 +159,20 @@ def check_module(module: torch.nn.Module) -> None:
                 "use eval() for it, or GroupNorm or LayerNorm",
                 stacklevel=3,
             )
+
+
+def dropping(module: torch.nn.Module) -> list[str]:
+    """The names of the submodules whose dropout is on."""
+    found = []
+    for path, m in module.named_modules():
+        rate = m.p if isinstance(m, torch.nn.modules.dropout._DropoutNd) else 0.0
+        if isinstance(m, torch.nn.RNNBase) and m.num_layers > 1:
+            rate = m.dropout
+        if isinstance(m, torch.nn.MultiheadAttention):
+            rate = m.dropout
+        if m.training and rate > 0:
+            found.append(path)
+    return found
 
 
 def moving_buffers(module: torch.nn.Module) -> list[Tensor]:

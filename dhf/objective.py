@@ -50,6 +50,8 @@ class Objective:
     ) -> None:
         if not weight_decay >= 0:
             raise UsageError(f"weight_decay must not be negative, got {weight_decay}")
+        if not isinstance(module, torch.nn.Module):
+            raise UsageError(f"an Objective needs a torch.nn.Module, got {type(module).__name__}")
         if loss is None and type(self).loss is Objective.loss:
             raise UsageError("an Objective needs a loss: pass one, or override loss(outputs, batch)")
         self.module = unwrap(module)

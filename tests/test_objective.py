@@ -135,6 +135,8 @@ def test_outputs_must_be_one_tensor() -> None:
 def test_arguments_that_cannot_be_used() -> None:
     with pytest.raises(dhf.UsageError, match="needs a loss"):
         dhf.Objective(nn.Linear(1, 1))
+    with pytest.raises(dhf.UsageError, match=r"needs a torch.nn.Module, got function"):
+        dhf.Objective(lambda x: x, nn.MSELoss())  # type: ignore[arg-type]
     for decay in (-1.0, float("nan")):
         with pytest.raises(dhf.UsageError, match="weight_decay must not be negative"):
             dhf.Objective(nn.Linear(1, 1), nn.MSELoss(), weight_decay=decay)

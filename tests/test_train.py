@@ -31,6 +31,8 @@ def build(samples: int = 12, classes: int = 3, width: int = 5, fault: str = "") 
         loss = lambda outputs, batch: torch.nn.functional.cross_entropy(outputs, batch[1], reduction="none")
     if fault == "infinite":
         loss = lambda outputs, batch: torch.nn.functional.cross_entropy(outputs, batch[1]) + float("inf")
+    if fault == "dropout":
+        module.append(torch.nn.Dropout(0.5))
     if fault == "raise":
         raise RuntimeError("no such luck")
     if fault == "signal":
@@ -245,3 +247,11 @@ def test_the_default_directory_is_new_each_time(run, tmp_path):
     (directory,) = Path("runs").iterdir()
     assert directory.name.startswith("mine-")
     assert os.path.exists(directory / "result.json")
+
+
+def test_what_changes_the_objective_or_nothing_is_told_at_the_start(run, capsys):
+    assert run("--steps", "1", "--options.fault", "dropout", "--learning-rate", "0.1")[0] == 0
+    out = capsys.readouterr().out
+    told = out[: out.index("start: ")]
+    assert "warning: dropout is on in submodule '3': its mask is held for a step" in told
+    assert "warning: not used by hf: --learning-rate" in told

@@ -12,6 +12,7 @@ from typing import Any
 import jsonargparse
 
 from dhf.errors import UsageError
+from dhf.run.entry import own_rank
 from dhf.run.flags import in_words, make_parser
 
 __all__ = ["command_parser", "positive_whole_numbers", "require_matplotlib", "run_command", "writable_folder"]
@@ -24,7 +25,12 @@ def command_parser(name: str, usage: str, description: str, epilog: str) -> json
 
 
 def run_command(parser: jsonargparse.ArgumentParser, argv: Sequence[str] | None, work: Callable[[Any], None]) -> int:
-    """Parse, and do the work on what was found; returns the exit code: 0, or 2 with one line on stderr."""
+    """Parse, and do the work on what was found; returns the exit code: 0, or 2 with one line on stderr.
+
+    Runs are read by one process: under a launcher every rank but the first has nothing to do.
+    """
+    if own_rank() != "0":
+        return 0
     try:
         known = [action.dest for action in parser._actions]
         work(in_words(lambda: parser.parse_args(argv), known))

@@ -66,7 +66,7 @@ class SpectrumFlags:
     density_samples: int = _wanted(4, "random vectors for the density; 0 leaves it out")
     density_steps: int = _wanted(60, "products for each of them")
 
-    output: str | None = _output(None, "a JSON file for all that was found")
+    output: str | None = _output(None, "a .json file for all that was found")
     picture: str | None = _output(None, "a .png or .svg file for eigenvalues and density; needs matplotlib")
     json: bool = _output(False, "print JSON in place of the report")
     error_if_not_converged: bool = _output(False, "exit with 4 unless all eigenvalues have converged")
@@ -99,6 +99,8 @@ def _check(own: SpectrumFlags) -> None:
             raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(own, name)}")
     if own.tol is not None and not 0 < own.tol < 1:
         raise UsageError(f"--tol must be in (0, 1), got {own.tol}")
+    if own.output is not None and Path(own.output).suffix != ".json":
+        raise UsageError(f"--output {own.output} must end in .json")
     if own.picture is not None:
         if Path(own.picture).suffix not in (".png", ".svg"):
             raise UsageError(f"--picture {own.picture} must end in .png or .svg")

@@ -137,6 +137,8 @@ class Storages:
 
     def note(self, tensor: Tensor) -> Tensor:
         """Count a tensor's storage."""
+        if tensor._is_zerotensor():  # zeros such as the slope of a weight in forward mode, which take no memory
+            return tensor
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in self._apart:
             self._seen[storage.data_ptr()] = storage.nbytes()

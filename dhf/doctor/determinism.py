@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from dhf.doctor.conditions import as_in_a_run
 from dhf.doctor.finding import ERROR, NOTE, WARNING, Section, names, of_error
 from dhf.doctor.modules import Call, calls_of
+from dhf.evaluation import dropping
 from dhf.objective import Objective
 from dhf.parameters import Parameters
 
@@ -25,7 +25,7 @@ _ROUNDING = 1e-5  # relative difference that sums in another order may make on a
 def compare_evaluations(objective: Objective, batch: Any, seed: int) -> Section:
     """Whether the loss repeats, and whether it depends on random numbers; on one rank's own."""
     section = Section("determinism")
-    dropout = _dropout(objective.module)
+    dropout = dropping(objective.module)
     if dropout:
         section.find(
             WARNING,
@@ -104,17 +104,3 @@ def _equal(a: Any, b: Any) -> bool:
 def _apart(a: Tensor, b: Tensor) -> float:
     scale = max(abs(float(a)), abs(float(b))) or 1.0
     return abs(float(a) - float(b)) / scale
-
-
-def _dropout(module: torch.nn.Module) -> list[str]:
-    """The modules whose dropout is on."""
-    found = []
-    for path, m in module.named_modules():
-        rate = m.p if isinstance(m, torch.nn.modules.dropout._DropoutNd) else 0.0
-        if isinstance(m, torch.nn.RNNBase) and m.num_layers > 1:
-            rate = m.dropout
-        if isinstance(m, torch.nn.MultiheadAttention):
-            rate = m.dropout
-        if m.training and rate > 0:
-            found.append(path)
-    return found

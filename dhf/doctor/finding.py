@@ -8,9 +8,10 @@ from collections.abc import Iterable, Sequence
 
 from dhf.errors import NonFiniteError, RankError, UsageError
 
-__all__ = ["ERROR", "NOTE", "WARNING", "Finding", "Section", "merge", "names", "of_error"]
+__all__ = ["ERROR", "MEND", "NOTE", "WARNING", "Finding", "Section", "merge", "names", "of_error"]
 
 ERROR, WARNING, NOTE = "error", "warning", "note"
+MEND = "mend it, and look again"  # where the error itself is all that is known
 _MOST = 3  # names in a list
 
 
@@ -74,7 +75,7 @@ def names(kind: str, paths: Iterable[str]) -> str:
     return f"{kind} {', '.join(shown)}{more}"
 
 
-def of_error(error: Exception, where: str, remedy: str = "mend it, and look again") -> Finding:
+def of_error(error: Exception, where: str, remedy: str = MEND) -> Finding:
     """The finding that an error stands for: dhf's own say what was found, where, and after a semicolon what to do."""
     words = " ".join(str(error).split())
     if isinstance(error, (UsageError, NonFiniteError)):

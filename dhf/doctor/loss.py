@@ -64,14 +64,16 @@ def look_at_loss(objective: Objective, whole: Any, halves: tuple[Any, Any], seed
                 names("parameter", unused),
                 "requires_grad_(False), or take it out of the module",
             )
-        with _without_dropout(objective.module), _norms_in_eval(objective.module):
-            _is_mean(section, objective, whole, halves, seed)
+        with _without_dropout(objective.module), _norms_in_eval(objective.module) as norms:
+            _is_mean(section, objective, whole, halves, seed, ", were BatchNorm in eval()" if norms else "")
     except Exception as error:
         section.findings.append(of_error(error, "outputs(batch) or loss(outputs, batch)"))
     return section
 
 
-def _is_mean(section: Section, objective: Objective, whole: Any, halves: tuple[Any, Any], seed: int) -> None:
+def _is_mean(
+    section: Section, objective: Objective, whole: Any, halves: tuple[Any, Any], seed: int, condition: str
+) -> None:
     """Whether ``N f = n₁ f₁ + n₂ f₂``, on which summing over micro-batches and ranks rests."""
     f, f1, f2 = (_value(objective, batch, seed) for batch in (whole, *halves))
     # what changes by itself, which is found elsewhere, cannot be compared
@@ -84,7 +86,7 @@ def _is_mean(section: Section, objective: Objective, whole: Any, halves: tuple[A
     mean, total = (n1 * f1 + n2 * f2) / n, f1 + f2
     scale = max(abs(f), abs(mean), abs(f1), abs(f2))
     if scale == 0 or abs(f - mean) <= _TOLERANCE * scale:
-        section.fact("mean over samples", "yes, as two halves put together tell")
+        section.fact("mean over samples", f"yes, as two halves put together tell{condition}")
         return
     section.fact("mean over samples", "NO")
     if abs(f - total) <= _TOLERANCE * max(abs(f), abs(total)):
@@ -115,11 +117,11 @@ def _without_dropout(module: torch.nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _norms_in_eval(module: torch.nn.Module) -> Iterator[None]:
-    """BatchNorm on its running statistics, where it has some; that it depends on the batch is found elsewhere."""
+def _norms_in_eval(module: torch.nn.Module) -> Iterator[Sequence[torch.nn.Module]]:
+    """BatchNorm on its running statistics, where it has some; the layers. That they depend on the batch is found elsewhere."""
     norms = [m for m in module.modules() if isinstance(m, torch.nn.modules.batchnorm._NormBase) and follows_batch(m)]
     with _in_eval(norms):
-        yield
+        yield norms
 
 
 @contextlib.contextmanager

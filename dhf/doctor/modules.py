@@ -104,6 +104,10 @@ def probe_modules(objective: Objective, batch: Any, curvature: str, seed: int) -
 
     calls: list[Call] = []
     build = HessianGraph if curvature == "hessian" else GaussNewtonGraph
+    plain = _failure(lambda: under_dhf(lambda: _value(objective, batch)))
+    if plain is not None:  # not a matter of derivatives
+        section.findings.append(of_error(plain, "outputs(batch) or loss(outputs, batch)"))
+        return section
     whole = _failure(lambda: under_dhf(lambda: _products(build(objective, parameters, batch), parameters)))
     whole = whole or _failure(lambda: under_dhf(lambda: _slope(objective, parameters, batch)))
     _failure(lambda: calls.extend(under_dhf(lambda: calls_of(objective, batch))[0]))
@@ -152,6 +156,12 @@ def calls_of(objective: Objective, batch: Any) -> tuple[list[Call], Any]:
             stack.callback(module.register_forward_hook(leave(path)).remove)
         outputs = objective.outputs(batch)
     return ended, outputs
+
+
+def _value(objective: Objective, batch: Any) -> Tensor:
+    outputs = objective.outputs(batch)
+    objective.check(outputs, batch)
+    return objective.loss(outputs, batch)
 
 
 def _products(graph: Any, parameters: Parameters) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from dhf.doctor.examine import Examination
-from dhf.doctor.finding import ERROR, Finding
+from dhf.doctor.finding import ERROR, MEND, Finding
 
 __all__ = ["as_dict", "in_lines"]
 
@@ -36,8 +36,8 @@ def in_lines(examination: Examination) -> Iterator[str]:
         yield "ready"
         return
     yield "to change"
-    for number, finding in enumerate(changes, 1):
-        yield from _aligned(f"{number} {finding.severity}", f"{finding.where}: {finding.remedy}")
+    for number, (severity, text) in enumerate(dict.fromkeys((f.severity, _change(f)) for f in changes), 1):
+        yield from _aligned(f"{number} {severity}", text)
 
 
 def as_dict(examination: Examination, exit_code: int) -> dict[str, Any]:
@@ -55,6 +55,11 @@ def as_dict(examination: Examination, exit_code: int) -> dict[str, Any]:
         ],
         "recommended": None if examination.advice is None else examination.advice.flags,
     }
+
+
+def _change(finding: Finding) -> str:
+    """What to change; what was found, where that is all there is to go by."""
+    return f"{finding.where}: {finding.what if finding.remedy == MEND else finding.remedy}"
 
 
 def _in_words(finding: Finding) -> str:

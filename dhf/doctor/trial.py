@@ -81,7 +81,7 @@ def _judge(
     true = solution.true_residual_norm / size
     section.fact(
         "solve",
-        f"{solver} with damping {settings.damping:g} to {settings.cg_rtol:g}: {solution.reason.words} after "
+        f"{solver} with damping {settings.damping:g} to a residual of {settings.cg_rtol:g}: {solution.reason.words} after "
         f"{solution.iterations} iterations, true residual {true:.1e}",
     )
     asked, eps = settings.cg_rtol, torch.finfo(dtype).eps

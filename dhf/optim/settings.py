@@ -217,7 +217,8 @@ def _check(s: Settings, objective: Objective) -> None:
         raise UsageError(f"cg_rtol must be in [0, 1), got {s.cg_rtol}")
     if (s.solver == "steihaug") != (s.globalisation == "trust-region"):
         raise UsageError(
-            f"a trust region and the solver steihaug go together, got solver {s.solver} with globalisation {s.globalisation}"
+            f"a trust region and the solver steihaug go together, got solver {s.solver} with globalisation "
+            f"{s.globalisation}; give solver steihaug alone"
         )
     if s.solver in ("cgls", "direct") and s.curvature != "ggn":
         raise UsageError(

@@ -90,7 +90,10 @@ def as_data(given: Any) -> Data:
         return _of_loader(given)
     if isinstance(given, tuple) or (isinstance(given, list) and all(isinstance(t, Tensor) for t in given)):
         if not given or not all(isinstance(t, Tensor) and t.dim() and len(t) == len(given[0]) for t in given):
-            raise UsageError("data given as a tuple must be tensors with one leading dimension")
+            found = ", ".join(str(tuple(t.shape)) if isinstance(t, Tensor) else type(t).__name__ for t in given)
+            raise UsageError(
+                f"data given as a tuple must be tensors with one leading dimension, the samples; got ({found})"
+            )
         return Data(TensorDataset(*given))
     return Data(_by_index(given))
 

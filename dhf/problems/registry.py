@@ -27,6 +27,17 @@ _BUILT_IN = {
     "convection-pinn": "dhf.problems.pinn:convection",
 }
 
+# what an annotation of an option's argument admits, itself or as text of a file with postponed annotations
+_PLAIN: dict[Any, tuple[tuple[type, ...], str]] = {
+    kind: found
+    for plain, found in {
+        int: ((int,), "a whole number"),
+        float: ((int, float), "a number"),
+        bool: ((bool,), "true or false"),
+    }.items()
+    for kind in (plain, plain.__name__)
+}
+
 
 def problem_names() -> list[str]:
     """The names of the built-in problems."""
@@ -97,3 +108,7 @@ def _check_options(name: str, build: Callable[..., Problem], options: Mapping[st
     missing = [k for k, p in parameters.items() if p.default is p.empty and k not in options]
     if missing:
         raise UsageError(f"{name} needs --options.{missing[0]} VALUE")
+    for key, value in options.items():
+        kinds, words = _PLAIN.get(parameters[key].annotation, ((), ""))
+        if kinds and value is not None and type(value) not in kinds:
+            raise UsageError(f"{key} must be {words}, got {value!r}; set it by --options.{key}")

@@ -105,10 +105,10 @@ def problem_of(config: Config) -> tuple[Problem, torch.dtype]:
         finally:
             torch.set_default_dtype(before)
 
-    dtype = "float32" if config.dtype == "auto" else config.dtype
+    dtype: str = "float32" if config.dtype == "auto" else config.dtype
     problem = build(dtype)
     if config.dtype == "auto" and problem.dtype != dtype:
-        dtype = problem.dtype
+        dtype = str(problem.dtype)
         problem = build(dtype)
     return problem, getattr(torch, dtype)
 

@@ -131,7 +131,7 @@ def _draw(directory: RunDirectory, monitor: Monitor, problem: Problem) -> list[P
     try:
         paths = [draw_run(read_run(directory.path), directory.plots / "run.png")]
         if problem.pictures is not None:
-            paths += problem.pictures(problem.objective.module, directory.plots)
+            paths += problem.pictures(problem.objective.module, directory.plots) or []
     except ImportError:
         monitor.say("no pictures: matplotlib is not installed; pip install 'dhf[plot]'")
         return []

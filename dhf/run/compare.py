@@ -80,7 +80,11 @@ def reached(run: RunRecord, level: float) -> int | None:
 
 def levels_of(runs: Sequence[RunRecord]) -> list[float]:
     """The least loss of each run, from the largest down; the last is reached by the best run alone."""
-    return sorted({_least(run) for run in runs if not math.isnan(_least(run))}, reverse=True)
+    levels: list[float] = []  # runs that differ by rounding alone reach one and the same
+    for level in sorted((_least(run) for run in runs if not math.isnan(_least(run))), reverse=True):
+        if not levels or _loss(level) != _loss(levels[-1]):
+            levels.append(level)
+    return levels
 
 
 def differences(runs: Sequence[RunRecord]) -> dict[str, list[str]]:

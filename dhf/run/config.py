@@ -16,7 +16,7 @@ from dhf.run.chosen import check_chosen
 from dhf.run.flags import Group, add_fields, in_words, make_parser, nearest
 from dhf.run.signals import signal_number
 
-__all__ = ["PHASE_SETTINGS", "PROBLEMS", "WATCHING", "Config", "make_config", "parse", "to_yaml"]
+__all__ = ["PHASE_SETTINGS", "PROBLEMS", "WATCHING", "Config", "idle_settings", "make_config", "parse", "to_yaml"]
 
 _USAGE = "python -m dhf.train [--config FILE] [--SETTING VALUE ...]"
 
@@ -134,7 +134,9 @@ class Config:
     timeout: float = _ranks(300.0, "seconds to wait for a rank before giving up")
     deterministic: bool = _ranks(False, "use torch's deterministic algorithms")
 
-    time_budget: float | None = _run(None, "seconds of training after which the run stops with a checkpoint")
+    time_budget: float | None = _run(
+        None, "seconds of training, counted anew after a resume, at which the run stops with a checkpoint"
+    )
     target_loss: float | None = _run(None, "stop when the training loss is at or below this")
     error_if_not_converged: bool = _run(False, "exit with 4 if the target loss was not reached")
     run_dir: str | None = _run(None, "where the run is written; runs/PROBLEM-TIME by default")
@@ -195,6 +197,30 @@ def make_config(found: Mapping[str, Any]) -> Config:
     _check(config)
     _check_phases(config)
     return config
+
+
+def idle_settings(config: Config) -> list[str]:
+    """What is said of the settings that are given, and that no optimizer they are given to takes."""
+    given = {f.name: getattr(config, f.name) for f in dataclasses.fields(Config)}
+    defaults = {f.name: f.default for f in dataclasses.fields(Config)}
+    outside = [name for name, value in given.items() if value != defaults[name]]
+    parts = [("", outside, {phase.get("optimizer", config.optimizer) for phase in config.phases or [{}]})]
+    for number, phase in enumerate(config.phases, 1):
+        parts.append((f"phase {number}: ", list(phase), {phase.get("optimizer", config.optimizer)}))
+    words = []
+    for prefix, names, optimizers in parts:
+        own = [name for name in names if _takers(name) and not _takers(name) & optimizers]
+        if own:
+            flags = ", ".join(name if prefix else f"--{name.replace('_', '-')}" for name in own)
+            words.append(f"{prefix}not used by {' or '.join(sorted(optimizers))}: {flags}")
+    return words
+
+
+def _takers(name: str) -> set[str]:
+    """The optimizers that take a setting, or none if it is of all."""
+    if name == "learning_rate":
+        return {"adam", "lbfgs"}
+    return {"hf"} if Config.__dataclass_fields__[name].metadata["group"] is _hf else set()
 
 
 def to_yaml(config: Config) -> str:

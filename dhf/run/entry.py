@@ -133,10 +133,13 @@ def own_rank() -> str:
 
 @contextlib.contextmanager
 def _plain_warnings() -> Iterator[None]:
-    """Show warnings as one line each, by the first rank alone."""
+    """Show warnings as one line each, each once, by the first rank alone."""
+
+    said: set[str] = set()
 
     def show(message: Warning | str, *_: Any) -> None:
-        if own_rank() == "0":
+        if own_rank() == "0" and str(message) not in said:
+            said.add(str(message))
             print(f"warning: {message}", file=sys.stderr, flush=True)
 
     with warnings.catch_warnings():

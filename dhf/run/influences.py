@@ -94,7 +94,9 @@ def numbers_in(text: str, samples: int) -> list[int]:
         if match is None:
             raise UsageError(f"--queries must be numbers of samples such as 0,5,10-14, got {text!r}")
         first, last = int(match[1]), int(match[2] or match[1])
-        if last >= samples or last < first:
+        if last < first:
+            raise UsageError(f"--queries {part.strip()} counts down; give {last}-{first}")
+        if last >= samples:
             raise UsageError(f"--queries {part.strip()}: there are {samples:,} samples, 0 to {samples - 1}")
         found += range(first, last + 1)
     return found

@@ -57,7 +57,8 @@ class Pictures:
             for theme in self._themes:
                 for suffix in self._formats:
                     with tempfile.TemporaryDirectory() as folder, theme.applied(suffix):
-                        for path in problem.pictures(problem.objective.module, Path(folder)):
+                        drawn = problem.pictures(problem.objective.module, Path(folder))
+                        for path in sorted(Path(folder).iterdir()) if drawn is None else drawn:
                             self._take(path, theme)
         except Exception as error:  # a user's own code, perhaps
             kind = "" if isinstance(error, UsageError) else f"{type(error).__name__}: "

@@ -14,6 +14,7 @@ from dhf.comm import Communicator
 from dhf.coordinator import Coordinator, capture
 from dhf.curvature import NonFinite, places_in_words
 from dhf.errors import CommunicationError, NonFiniteError, UsageError
+from dhf.evaluation import dropping
 from dhf.operator import loss_and_gradient
 from dhf.optim import HessianFree, StepReport
 from dhf.parameters import Parameters
@@ -21,7 +22,7 @@ from dhf.phases import Phases
 from dhf.reason import Reason
 from dhf.run.assembly import Parts, assemble, for_phase
 from dhf.run.closing import Ending, sum_up, write_result
-from dhf.run.config import Config, to_yaml
+from dhf.run.config import Config, idle_settings, to_yaml
 from dhf.run.directory import RunDirectory, default_directory
 from dhf.run.dry_run import in_lines, measure
 from dhf.run.events import require_tensorboard
@@ -110,6 +111,7 @@ class Trainer:
             self.coordinator.attempt(lambda: self.saver.restore(self.parts, *checkpoint))
         self._say_where_it_starts(checkpoint)
         self._warn_of_empty_shards()
+        self._warn_of_what_changes_nothing_or_too_much()
         batches = self.coordinator.attempt(lambda: self.parts.train.batches(self.step))
         self.first_loss, _ = loss_and_gradient(
             self.objective, batches, coordinator=self.coordinator, debug_nonfinite=config.debug_nonfinite
@@ -434,6 +436,16 @@ class Trainer:
             self.monitor.say(
                 f"warning: {train.batch_size} samples for {self.comm.size} ranks: rank "
                 f"{', '.join(map(str, empty))} has none; use --nproc_per_node={train.batch_size} or more data"
+            )
+
+    def _warn_of_what_changes_nothing_or_too_much(self) -> None:
+        for words in idle_settings(self.config):
+            self.monitor.say(f"warning: {words}")
+        dropout = dropping(self.objective.module)
+        if dropout:
+            self.monitor.say(
+                f"warning: dropout is on in submodule {dropout[0]!r}: its mask is held for a step, and every step minimises "
+                "another function; call module.eval() before the problem is returned, or use p=0"
             )
 
     def _sizes(self) -> str:

@@ -103,13 +103,17 @@ def as_operator(operator: Any) -> AgreeingOperator:
         return operator
     if isinstance(operator, Tensor) and (operator.dim() != 2 or operator.shape[0] != operator.shape[1]):
         raise ValueError(f"expected a square matrix, got a tensor of shape {tuple(operator.shape)}")
+    if type(operator).__module__ == "numpy":  # its @ takes no tensors
+        raise TypeError("a NumPy array cannot be an operator; use torch.as_tensor(A)")
     if not hasattr(operator, "matvec") and not hasattr(operator, "__matmul__"):
         raise TypeError(f"{type(operator).__name__} has neither matvec(v) nor @, so it cannot be an operator")
     return _Alone(operator)
 
 
 def check_system(operator: Any, b: Tensor, x0: Tensor | None) -> None:
-    """Raise ValueError unless operator, right-hand side and start fit one another."""
+    """Raise ValueError, or TypeError for what is no tensor, unless operator, right-hand side and start fit one another."""
+    if not isinstance(b, Tensor):
+        raise TypeError(f"the right-hand side must be a tensor, got {type(b).__name__}; use torch.as_tensor(b)")
     if b.dim() != 1:
         raise ValueError(f"the right-hand side must have shape (n,), got {tuple(b.shape)}; solve_many takes several")
     if b.dtype not in (torch.float32, torch.float64):

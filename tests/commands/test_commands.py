@@ -132,6 +132,25 @@ def test_a_run_that_was_killed_is_drawn_as_far_as_it_went(here: Path, capsys: py
     assert len(capsys.readouterr().out.splitlines()) == 6
 
 
+def test_pictures_that_are_not_returned_are_found(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "mine.py").write_text(PROBLEM.replace('return sorted(folder.glob("weights*"))', "return None"))
+    assert plot.main(["runs/hf"]) == 0
+    out, err = capsys.readouterr()
+    assert {"runs/hf/plots/weights.png", "runs/hf/plots/weights.txt"} <= set(out.splitlines())
+    assert err == ""
+
+
+def test_one_rank_alone_reads_runs(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    assert compare.main(["runs/hf", "runs/adam"]) == 0
+    assert export.main(["runs/hf", "--output", "out.csv"]) == 0
+    assert capsys.readouterr() == ("", "")
+    assert not Path("out.csv").exists()
+
+
 def test_a_problem_that_is_gone_costs_its_pictures_alone(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (here / "mine.py").unlink()
     assert plot.main(["runs/hf"]) == 0
@@ -260,6 +279,7 @@ def test_a_table_tells_what_it_cost_to_reach_a_loss() -> None:
     assert reached(fast, 4.0) == 0
     assert reached(fast, 1.0) is None
     assert levels_of([fast, slow]) == [3.5, 2.0]
+    assert levels_of([fast, record("rounded", [2.0000000001])]) == [2.0000000001]
     text = table([fast, slow], [4.0])
     assert cells(text, "seconds in steps") == ["1.5", "2"]
     assert cells(text, "least loss") == ["2", "3.5"]

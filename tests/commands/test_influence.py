@@ -113,7 +113,7 @@ def test_at_a_run_and_in_chosen_parameters(influence, capsys):
     [
         (["--queries", "4"], "--queries 4: there are 4 samples, 0 to 3"),
         (["--queries", "a"], "--queries must be numbers of samples such as 0,5,10-14, got 'a'"),
-        (["--queries", "3-1"], "--queries 3-1: there are 4 samples"),
+        (["--queries", "3-1"], "--queries 3-1 counts down; give 1-3"),
         (["--output", "s.txt"], "--output s.txt must end in .json, .csv or .npy"),
         (["--batch-size", "5"], "unknown setting --batch-size"),
         (["--top", "0"], "--top must be at least 1"),

@@ -107,6 +107,7 @@ def test_the_picture_and_the_file_that_plot_takes(spectrum, capsys):
         ),
         (["--parameters", " , "], "parameters names none; give names or patterns such as 'layers.2.*'"),
         (["--output", "mine.py/s.json"], "cannot be written"),
+        (["--output", "s.csv"], "--output s.csv must end in .json"),
     ],
 )
 def test_what_cannot_be_used_is_one_line_and_2(spectrum, capsys, flags, words):

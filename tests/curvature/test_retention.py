@@ -186,8 +186,32 @@ class Nested(nn.Module):
         return torch.autograd.grad(self.layers(x).sum(), x, create_graph=True)[0][:, :3]
 
 
+class Cube(torch.autograd.Function):
+    """Has derivatives of any order, none of them forward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> Tensor:
+        return 3 * ctx.saved_tensors[0] ** 2 * cotangent
+
+
+class Backward(nn.Module):
+    """Calls what has no forward derivative."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return Cube.apply(self.linear(x))
+
+
 class Long(nn.Module):
-    """Has no forward derivative on CPUs in float32."""
+    """Has time steps."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -215,7 +239,7 @@ def test_derivatives_are_carried_forward_only_where_that_is_right(
 
 
 def test_a_module_without_forward_derivative_is_differentiated_twice() -> None:
-    objective = dhf.Objective(Long().float(), nn.MSELoss())
+    objective = dhf.Objective(Backward(), nn.MSELoss())
     parts = split((torch.randn(12, 4), torch.randn(12, 3)), [6, 6])
     found = {}
     for retain in ("all", "none"):
@@ -275,6 +299,21 @@ def test_what_is_counted_is_what_graphs_save() -> None:
         y = x.exp().exp()
     assert storages.nbytes == 2 * 8000
     del y
+
+
+def test_outputs_that_carry_slopes_forward_can_be_measured() -> None:
+    """Forward mode saves the zero slopes of hidden weights as tensors that have no storage."""
+
+    class Slope(dhf.LeastSquares):
+        def outputs(self, batch: Tensor) -> Tensor:
+            u, slope = torch.func.jvp(self.module, (batch,), (torch.ones_like(batch),))
+            return slope + u
+
+    network = nn.Sequential(nn.Linear(1, 5), nn.Tanh(), nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 1)).double()
+    t = torch.linspace(0, 1, 12, dtype=torch.float64).view(-1, 1)
+    v = torch.ones(Parameters(network).numel, dtype=torch.float64)
+    with dhf.GaussNewton(Slope(network), [t]) as whole, dhf.GaussNewton(Slope(network), list(t.split(5))) as parts:
+        assert relative_error(parts @ v, whole @ v) < 1e-12
 
 
 def test_sizes_are_those_of_all_tensors_in_a_batch() -> None:

@@ -300,6 +300,23 @@ def test_many_steps_are_joined(name: str, monkeypatch: pytest.MonkeyPatch) -> No
     assert joined.total() < alone.total()
 
 
+@pytest.mark.parametrize("name", ["rnn", "gru", "lstm"])
+def test_recurrent_layers_in_float32_are_recorded(name: str) -> None:
+    """oneDNN's LSTM, which torch takes in float32 on a CPU, could not be."""
+    torch.manual_seed(0)
+    objective = dhf.Objective(RECURRENT[name](), nn.MSELoss())
+    batch = torch.randn(4, 8, 2), torch.randn(4, 2)
+    before = torch._C._get_mkldnn_enabled()
+    with (
+        dhf.GaussNewton(objective, [batch]) as kept,
+        dhf.GaussNewton(objective, [batch], products="traced") as recorded,
+    ):
+        v = torch.ones_like(kept.gradient)
+        assert (recorded @ v - kept @ v).norm() < 1e-5 * (kept @ v).norm()
+    assert operations(objective).total() > 0
+    assert torch._C._get_mkldnn_enabled() == before
+
+
 def operations(objective: dhf.Objective) -> Counter[Any]:
     """How often each operation is run for a product, over all recordings of an objective."""
     maps = [graph for found in builders._programs[objective].values() for graph in found._program._cut.maps]  # type: ignore

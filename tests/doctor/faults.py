@@ -199,6 +199,7 @@ def build(fault: str = "") -> dhf.Problem:
         "compiled": lambda: torch.compile(nn.Linear(4, 4)),
         "compiled function": lambda: Apply(torch.compile(lambda t: t.tanh(), backend="aot_eager")),
         "unused": Unused,
+        "shapes": lambda: nn.Linear(5, 4),
         "drift": Drift,
         "python random": lambda: Apply(lambda t: t * random.random()),
     }

@@ -79,5 +79,5 @@ def test_the_network_is_the_one_described():
     ],
 )
 def test_options_are_checked(options, text):
-    with pytest.raises(dhf.UsageError, match=f"{text} must be a whole number .*--options.{text}"):
+    with pytest.raises(dhf.UsageError, match=f"{text} must be a whole number.*--options.{text}"):
         build_problem("curves-autoencoder", {"samples": 3, **options})

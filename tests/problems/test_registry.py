@@ -24,6 +24,10 @@ def wrong():
 
 def needs(size):
     return build(size)
+
+def double(dtype=None):
+    problem = build()
+    return dhf.Problem(dhf.Objective(problem.objective.module.double(), torch.nn.MSELoss()), problem.train, dtype=dtype)
 """
 
 SMALL = {
@@ -84,13 +88,27 @@ def test_errors_name_what_is_known(path):
         ("digits-autoencodr", {}, "did you mean 'digits-autoencoder'"),
         ("nonsense", {}, "choose from digits-autoencoder, digits-classifier, "),
         ("absent.py:build", {}, "problem file 'absent.py' does not exist"),
-        (f"{path}:biuld", {}, "has no function 'biuld'; it has build, wrong, needs"),
+        (f"{path}:biuld", {}, "has no function 'biuld'; it has build, wrong, needs, double"),
         (f"{path}:wrong", {}, "returned int, not a dhf.Problem"),
         (f"{path}:build", {"widht": 3}, "has no option 'widht'; did you mean 'width'"),
+        (f"{path}:build", {"width": "wide"}, "width must be a whole number, got 'wide'; set it by --options.width"),
         (f"{path}:needs", {}, "needs --options.size VALUE"),
+        (f"{path}:double", {"dtype": "float16"}, "dtype must be float32 or float64, got 'float16'"),
         ("mnist-autoencoder", {}, "needs --options.folder VALUE"),
         ("digits-autoencoder", {"connections": 0}, "connections must be a whole number and at least 1"),
     ]:
         with pytest.raises(dhf.UsageError) as error:
             build_problem(name, options)
         assert text in str(error.value)
+
+
+def test_the_dtype_is_that_of_the_parameters_unless_it_is_given(path):
+    assert build_problem(f"{path}:build", {}).dtype == "float32"
+    assert build_problem(f"{path}:double", {}).dtype == "float64"
+    assert build_problem(f"{path}:double", {"dtype": "float32"}).dtype == "float32"
+    assert build_problem(f"{path}:double", {"dtype": torch.float64}).dtype == "float64"
+
+
+def test_a_problem_of_a_module_without_its_loss_is_refused():
+    with pytest.raises(dhf.UsageError, match=r"needs a dhf.Objective, got Linear; use dhf.Objective\(module, loss\)"):
+        dhf.Problem(torch.nn.Linear(2, 1), (torch.ones(3, 2), torch.ones(3, 1)))

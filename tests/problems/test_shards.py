@@ -88,7 +88,7 @@ def test_non_finite_data_name_the_sample(value):
     ("data", "options", "text"),
     [
         ((torch.zeros(0, 2),), {}, "the data set is empty"),
-        ((torch.zeros(3), torch.zeros(4)), {}, "one leading dimension"),
+        ((torch.zeros(3), torch.zeros(4)), {}, r"one leading dimension, the samples; got \(\(3,\), \(4,\)\)"),
         (7, {}, "map-style data set"),
         (numbered(3), {"batch_size": 0}, "--batch-size must be at least 1"),
         (numbered(3), {"micro_batch_size": -1}, "--micro-batch-size must be at least 1"),

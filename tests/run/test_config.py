@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from dhf.errors import UsageError
-from dhf.run.config import Config, parse, to_yaml
+from dhf.run.config import Config, idle_settings, parse, to_yaml
 
 
 def test_flags_override_the_file_and_the_file_the_defaults(tmp_path):
@@ -83,6 +83,20 @@ def test_steps_have_a_default_where_no_phases_give_them():
     config = parse(["--phases", "[{steps: 3}, {optimizer: adam, steps: 4, learning_rate: 1e-2}]"])
     assert config.steps is None
     assert config.phases == [{"steps": 3}, {"optimizer": "adam", "steps": 4, "learning_rate": 0.01}]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--damping", "2", "--preset", "newton"], []),
+        (["--learning-rate", "0.1"], ["not used by hf: --learning-rate"]),
+        (["--optimizer", "adam", "--damping", "2", "--cg-rtol", ".1"], ["not used by adam: --damping, --cg-rtol"]),
+        (["--learning-rate", "1", "--damping", "2", "--phases", "[{optimizer: adam, steps: 1}, {steps: 1}]"], []),
+        (["--phases", "[{steps: 1, learning_rate: 1}]"], ["phase 1: not used by hf: learning_rate"]),
+    ],
+)
+def test_settings_that_no_optimizer_takes_are_told(arguments, words):
+    assert idle_settings(parse(arguments)) == words
 
 
 def test_help_imports_no_torch():

@@ -382,6 +382,13 @@ def test_systems_that_do_not_fit(A: Tensor, b: Tensor, words: str) -> None:
 def test_an_object_that_cannot_multiply() -> None:
     with pytest.raises(TypeError, match="neither matvec"):
         cg(object(), vector(3))
+    with pytest.raises(TypeError, match=r"a NumPy array cannot be an operator; use torch.as_tensor\(A\)"):
+        cg(np.eye(3), vector(3))
+
+
+def test_a_right_hand_side_that_is_no_tensor() -> None:
+    with pytest.raises(TypeError, match="the right-hand side must be a tensor, got ndarray"):
+        cg(torch.eye(3), np.ones(3))  # type: ignore[arg-type]
 
 
 def test_a_preconditioner_that_is_not_a_function_is_refused() -> None:
