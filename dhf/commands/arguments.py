@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jsonargparse
 
@@ -15,13 +15,34 @@ from dhf.errors import UsageError
 from dhf.run.entry import own_rank
 from dhf.run.flags import in_words, make_parser
 
-__all__ = ["command_parser", "positive_whole_numbers", "require_matplotlib", "run_command", "writable_folder"]
+__all__ = [
+    "add_picture_flags",
+    "command_parser",
+    "positive_whole_numbers",
+    "require_matplotlib",
+    "run_command",
+    "writable_folder",
+]
 
 
 def command_parser(name: str, usage: str, description: str, epilog: str) -> jsonargparse.ArgumentParser:
     """A parser for ``python -m dhf NAME``."""
     prog = f"python -m dhf {name}"
     return make_parser(prog=prog, usage=f"{prog} {usage}", description=description, epilog=epilog)
+
+
+def add_picture_flags(parser: jsonargparse.ArgumentParser) -> None:
+    """The flags of commands that draw: ``--theme`` and ``--format``."""
+    parser.add_argument(
+        "--theme",
+        type=Literal["light", "dark", "both"],
+        metavar="{light,dark,both}",
+        default="light",
+        help="ground of the pictures",
+    )
+    parser.add_argument(
+        "--format", type=Literal["png", "svg", "both"], metavar="{png,svg,both}", default="png", help="of the files"
+    )
 
 
 def run_command(parser: jsonargparse.ArgumentParser, argv: Sequence[str] | None, work: Callable[[Any], None]) -> int:

@@ -6,9 +6,9 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from dhf.commands.arguments import command_parser, require_matplotlib, run_command, writable_folder
+from dhf.commands.arguments import add_picture_flags, command_parser, require_matplotlib, run_command, writable_folder
 from dhf.errors import UsageError
 
 __all__ = ["main"]
@@ -33,16 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("runs", nargs="*", metavar="RUN", help="directory of a run")
     parser.add_argument("--losses", metavar="X,Y", help="losses to be reached")
     parser.add_argument("--output", metavar="FOLDER", help="draw pictures, into this folder")
-    parser.add_argument(
-        "--theme",
-        type=Literal["light", "dark", "both"],
-        metavar="{light,dark,both}",
-        default="light",
-        help="ground of the pictures",
-    )
-    parser.add_argument(
-        "--format", type=Literal["png", "svg", "both"], metavar="{png,svg,both}", default="png", help="of the files"
-    )
+    add_picture_flags(parser)
     return run_command(parser, argv, _compare)
 
 

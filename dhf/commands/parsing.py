@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Generic, TypeVar
 
 from dhf.run.config import PROBLEMS, Config, make_config
-from dhf.run.flags import add_fields, in_words, make_parser
+from dhf.run.flags import add_fields, in_words, make_settings_parser
 
 __all__ = ["DATA", "RANKS", "Asked", "read"]
 
@@ -59,15 +59,11 @@ def read(
     """
     own_names = tuple(field.name for field in dataclasses.fields(own))  # type: ignore[arg-type]
     shared = tuple(n for n in shared if n not in own_names)
-    parser = make_parser(
+    parser = make_settings_parser(
         prog=f"python -m dhf {name}",
         usage=f"python -m dhf {name} [--config FILE] [--SETTING VALUE ...]",
         description=f"{description}\n{PROBLEMS}",
         epilog=epilog,
-        print_config="--print-%s",
-    )
-    parser.add_argument(
-        "--config", action="config", metavar="FILE", help="YAML file with any of the settings below, under these names"
     )
     add_fields(parser, own)
     add_fields(parser, Config, shared)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from dhf.commands.arguments import (
+    add_picture_flags,
     command_parser,
     positive_whole_numbers,
     require_matplotlib,
@@ -43,16 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--output", metavar="FOLDER", help="where pictures go; plots in the run, or in this folder for several runs"
     )
-    parser.add_argument(
-        "--theme",
-        type=Literal["light", "dark", "both"],
-        metavar="{light,dark,both}",
-        default="light",
-        help="ground of the pictures",
-    )
-    parser.add_argument(
-        "--format", type=Literal["png", "svg", "both"], metavar="{png,svg,both}", default="png", help="of the files"
-    )
+    add_picture_flags(parser)
     parser.add_argument(
         "--solves", metavar="STEPS", help="steps whose solves are drawn, 1,5,10 say; all that are recorded"
     )

@@ -13,7 +13,7 @@ import yaml
 from dhf.byte_size import parse_bytes
 from dhf.errors import UsageError
 from dhf.run.chosen import check_chosen
-from dhf.run.flags import Group, add_fields, in_words, make_parser, nearest
+from dhf.run.flags import Group, add_fields, in_words, make_parser, make_settings_parser, nearest
 from dhf.run.signals import signal_number
 
 __all__ = ["PHASE_SETTINGS", "PROBLEMS", "WATCHING", "Config", "idle_settings", "make_config", "parse", "to_yaml"]
@@ -229,15 +229,11 @@ def to_yaml(config: Config) -> str:
 
 
 def _parser() -> jsonargparse.ArgumentParser:
-    parser = make_parser(
+    parser = make_settings_parser(
         prog="python -m dhf.train",
         usage=_USAGE,
         description=f"{_DESCRIPTION}{PROBLEMS}",
         epilog=_EPILOG,
-        print_config="--print-%s",
-    )
-    parser.add_argument(
-        "--config", action="config", metavar="FILE", help="YAML file with any of the settings below, under these names"
     )
     add_fields(parser, Config)
     return parser

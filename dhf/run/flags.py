@@ -14,7 +14,7 @@ import jsonargparse
 
 from dhf.errors import UsageError
 
-__all__ = ["Group", "add_fields", "in_words", "make_parser", "nearest", "refused_in_words"]
+__all__ = ["Group", "add_fields", "in_words", "make_parser", "make_settings_parser", "nearest", "refused_in_words"]
 
 T = TypeVar("T")
 
@@ -42,6 +42,15 @@ class Group:
 def make_parser(**options: Any) -> jsonargparse.ArgumentParser:
     """A parser that raises instead of exiting; options as argparse's."""
     return jsonargparse.ArgumentParser(exit_on_error=False, formatter_class=_Formatter, **options)
+
+
+def make_settings_parser(**options: Any) -> jsonargparse.ArgumentParser:
+    """The same, with ``--config FILE`` and ``--print-config``."""
+    parser = make_parser(print_config="--print-%s", **options)
+    parser.add_argument(
+        "--config", action="config", metavar="FILE", help="YAML file with any of the settings below, under these names"
+    )
+    return parser
 
 
 def add_fields(parser: jsonargparse.ArgumentParser, settings: type, names: Iterable[str] | None = None) -> None:
