@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from dhf.commands.parsing import DATA, RANKS, read
+from dhf.commands.parsing import DATA, RANKS, begin, read
 from dhf.commands.parsing import Asked as Flags
 from dhf.errors import UsageError
 from dhf.run.directory import plain, write_atomically
@@ -110,15 +110,11 @@ def _check(own: InfluenceFlags) -> None:
 def _score(flags: Flags[InfluenceFlags], coordinator: Coordinator) -> int:
     from dhf.parameters import Parameters
     from dhf.run.influences import RTOL, Asked, numbers_in, score_queries
-    from dhf.run.monitor import Monitor
-    from dhf.run.point import sizes_in_words, take_place
-    from dhf.run.preflight import require_same_settings
+    from dhf.run.point import sizes_in_words
 
     own, comm = flags.own, coordinator.comm
     leads = comm.rank == 0
-    require_same_settings(coordinator, flags.config, own)
-    monitor = Monitor(leads and not own.json, "")
-    point = take_place(flags.config, flags.given, own.at, coordinator, monitor.say)
+    monitor, point = begin(flags, coordinator)
     held_out = _held_out(own, point)
     samples = point.parts.validation.samples if held_out and point.parts.validation else point.train.samples
     asked = Asked(

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from dhf.run.config import PROBLEMS, Config, make_config
 from dhf.run.flags import add_fields, in_words, make_settings_parser
 
-__all__ = ["DATA", "RANKS", "Asked", "read"]
+__all__ = ["DATA", "RANKS", "Asked", "begin", "read"]
+
+if TYPE_CHECKING:
+    from dhf.coordinator import Coordinator
+    from dhf.run.monitor import Monitor
+    from dhf.run.point import Point
 
 T = TypeVar("T")
 
@@ -74,3 +79,20 @@ def read(
     mine = {key: value for key, value in found.items() if key in own_names}
     config = make_config({key: found[key] for key in (*shared, *passed) if found[key] is not None})
     return Asked(config, own(**mine), frozenset(given) - {"config"})
+
+
+def begin(asked: Asked[Any], coordinator: Coordinator) -> tuple[Monitor, Point]:
+    """Compare settings over the ranks, and go to the point that a command looks at; its own flags have ``at`` and ``json``.
+
+    Collective. The monitor speaks on rank 0, unless it is to print JSON alone.
+
+    Raises:
+        RanksDifferError, UsageError: As :func:`dhf.run.point.take_place`.
+    """
+    from dhf.run.monitor import Monitor
+    from dhf.run.point import take_place
+    from dhf.run.preflight import require_same_settings
+
+    require_same_settings(coordinator, asked.config, asked.own)
+    monitor = Monitor(coordinator.comm.rank == 0 and not asked.own.json, "")
+    return monitor, take_place(asked.config, asked.given, asked.own.at, coordinator, monitor.say)

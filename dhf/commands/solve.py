@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from dhf.commands.parsing import DATA, RANKS, Asked, read
+from dhf.commands.parsing import DATA, RANKS, Asked, begin, read
 from dhf.errors import UsageError
 from dhf.reason import Reason
 from dhf.run.directory import plain, write_atomically
@@ -114,15 +114,10 @@ def _check(own: Solve) -> None:
 
 
 def _solve(asked: Asked[Solve], coordinator: Coordinator) -> int:
-    from dhf.run.monitor import Monitor
-    from dhf.run.point import take_place
-    from dhf.run.preflight import require_same_settings
     from dhf.run.solving import System, solve_at
 
     own, comm = asked.own, coordinator.comm
-    require_same_settings(coordinator, asked.config, own)
-    monitor = Monitor(comm.rank == 0 and not own.json, "")
-    point = take_place(asked.config, asked.given, own.at, coordinator, monitor.say)
+    monitor, point = begin(asked, coordinator)
     system = System(own.curvature, own.damping, own.solver, own.rhs, own.cg_rtol, own.cg_max_iterations, own.parameters)
     _say_system(monitor, point, own, comm)
     note = _history(monitor) if own.history and monitor.visible else None

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from dhf.commands.arguments import require_matplotlib
-from dhf.commands.parsing import DATA, RANKS, Asked, read
+from dhf.commands.parsing import DATA, RANKS, Asked, begin, read
 from dhf.errors import UsageError
 from dhf.run.directory import plain, write_atomically
 from dhf.run.entry import complain, on_ranks_together
@@ -111,15 +111,11 @@ def _check(own: SpectrumFlags) -> None:
 
 def _look(asked: Asked[SpectrumFlags], coordinator: Coordinator) -> int:
     from dhf.run.eigenvalues import Wanted, look_at_spectrum
-    from dhf.run.monitor import Monitor
-    from dhf.run.point import sizes_in_words, take_place
-    from dhf.run.preflight import require_same_settings
+    from dhf.run.point import sizes_in_words
 
     own, comm = asked.own, coordinator.comm
     leads = comm.rank == 0
-    require_same_settings(coordinator, asked.config, own)
-    monitor = Monitor(leads and not own.json, "")
-    point = take_place(asked.config, asked.given, own.at, coordinator, monitor.say)
+    monitor, point = begin(asked, coordinator)
     monitor.say(f"problem   {point.config.problem} at {point.where}, {comm.size} rank(s) over {comm.backend}")
     monitor.say(f"matrix    {own.curvature}; {sizes_in_words(point)}")
     spectrum = look_at_spectrum(
